@@ -1,0 +1,55 @@
+"""What every command shares: one-line errors, JSON on stdout, tables on stderr."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
+
+from quantmix.errors import QuantmixError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print exactly one JSON document on stdout.")]
+QuietFlag = Annotated[bool, typer.Option("--quiet", help="No progress, no tables.")]
+
+
+def answer_errors(command: F) -> F:
+    """Turn a QuantmixError into one line on stderr and its exit code; Ctrl-C into 130."""
+
+    @functools.wraps(command)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return command(*args, **kwargs)
+        except QuantmixError as err:
+            print(f"quantmix: {err}", file=sys.stderr)
+            raise typer.Exit(err.exit_code) from None
+        except KeyboardInterrupt:
+            print("quantmix: interrupted; finished work is kept", file=sys.stderr)
+            raise typer.Exit(130) from None
+        except BrokenPipeError:
+            os._exit(0)
+
+    return wrapper  # type: ignore[return-value]
+
+
+def print_json(doc: Any) -> None:
+    """Print one JSON document on stdout; NaN is a bug, so it raises."""
+    print(json.dumps(doc, indent=2, ensure_ascii=False, allow_nan=False))
+
+
+@functools.cache
+def console(quiet: bool = False) -> Console:
+    """Return the console for people: stderr, colour only on a terminal, NO_COLOR honoured."""
+    from rich.console import Console
+
+    width = None if sys.stderr.isatty() else 110
+    return Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=False, width=width)

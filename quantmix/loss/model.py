@@ -1,0 +1,35 @@
+"""The seam between damage and the rest: what a loss model must answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quantmix.ggml.types import GgmlType
+from quantmix.models.model import Model
+from quantmix.recipe import Quality
+
+FloatArray = NDArray[np.float64]
+
+
+class LossModel(Protocol):
+    """Predicts what quantizing does to a model."""
+
+    basis: str
+    """`prior`, `calibrated` or `measured`."""
+
+    def damage(self, model: Model, types: Sequence[GgmlType]) -> FloatArray:
+        """Return damage in nats, shape (n_tensors, n_types), of giving each tensor each type.
+
+        Additive: the damage of a mix is the sum. `types` are types really written (fallback already
+        applied by the caller); rows of tensors that cannot be quantized are zero. Values are ≥ 0 and
+        never fall from a type to a worse one of the same curve.
+        """
+        ...
+
+    def quality(self, model: Model, mix: Sequence[GgmlType | None]) -> Quality:
+        """Predict the whole mix: one type per tensor of the model, None = kept as in the source."""
+        ...

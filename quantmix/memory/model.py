@@ -1,0 +1,70 @@
+"""Vocabulary of the memory model: where blocks live, and what a device holds besides weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+
+HOST = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where blocks live, whatever their types.
+
+    Attributes:
+        layer_device: per block the index of its GPU, or HOST. Attention, norms, router, shared
+            experts, dense FFN and KV cache of the block lie there.
+        output_device: GPU index of `output` and `output_norm` (last GPU of the split), or HOST.
+        cpu_experts: layers whose routed experts lie in RAM although the layer is on a GPU.
+    """
+
+    layer_device: tuple[int, ...]
+    output_device: int
+    cpu_experts: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Regime:
+    """One line of the compute-buffer maximum: `constant_bytes + coefficient × S`.
+
+    S is the byte size of the largest single routed-expert tensor in RAM (op-offload copies it).
+    """
+
+    name: str
+    constant_bytes: int
+    coefficient: float = 0.0
+
+    def bytes_at(self, cpu_expert_bytes: int) -> int:
+        """Bytes of this regime when the largest expert tensor in RAM has that many bytes."""
+        return self.constant_bytes + ceil(self.coefficient * cpu_expert_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceMemory:
+    """What one device holds besides the weights of the file; all figures are safe upper bounds.
+
+    `compute` lists regimes; the buffer is their maximum. `extra_weights_bytes` are file tensors
+    that the engine holds a second time there per byte of the tensor (a tied head): see
+    `duplicate_embedding`.
+    """
+
+    name: str
+    kv_bytes: int
+    derived_bytes: int
+    reserve_bytes: int
+    compute: tuple[Regime, ...]
+    duplicate_embedding: bool = False
+
+    def compute_bytes(self, cpu_expert_bytes: int = 0) -> int:
+        """Size of the compute buffer, safety margin included."""
+        return max((r.bytes_at(cpu_expert_bytes) for r in self.compute), default=0)
+
+    def fixed_bytes(self, cpu_expert_bytes: int = 0) -> int:
+        """Everything that is not weights."""
+        return (
+            self.kv_bytes
+            + self.derived_bytes
+            + self.reserve_bytes
+            + self.compute_bytes(cpu_expert_bytes)
+        )

@@ -1,0 +1,234 @@
+"""The one document: what a design decided, in the shape of CONTRACT §2. Every later step reads it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from quantmix.errors import BadFile
+from quantmix.memory.settings import Settings
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """Which model the recipe is for."""
+
+    id: str
+    arch: str
+    layout: str
+    n_tensors: int
+    n_elements: int
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """Which engine the rules and flags are for; `ftype` is the preset named on its command line."""
+
+    name: str
+    build: str
+    ftype: str
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """Bytes of the file; `bpw` = 8 · tensor_bytes / n_elements."""
+
+    tensor_bytes: int
+    file_bytes: int
+    file_bytes_exact: bool
+    unloaded_bytes: int
+    bpw: float
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceUse:
+    """What one device holds; capacity and free are None for a host without a stated RAM."""
+
+    name: str
+    kind: str
+    capacity_bytes: int | None
+    weights_bytes: int
+    derived_bytes: int
+    kv_bytes: int
+    compute_bytes: int
+    reserve_bytes: int
+    free_bytes: int | None
+
+    @property
+    def used_bytes(self) -> int:
+        """Everything the device must hold."""
+        return (
+            self.weights_bytes
+            + self.derived_bytes
+            + self.kv_bytes
+            + self.compute_bytes
+            + self.reserve_bytes
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Quality:
+    """Predicted damage in nats and what follows from it; `basis` is prior, calibrated or measured."""
+
+    damage: float
+    ln_ppl_ratio: float
+    ppl: float | None
+    ppl_low: float | None
+    ppl_high: float | None
+    ppl_base: float | None
+    basis: str
+    interval: float = 0.9
+    warnings: tuple[str, ...] = ()
+    ln_ppl_ratio_low: float | None = None
+    ln_ppl_ratio_high: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Optimality:
+    """How good the answer is, proven: objective, lower bound, prices in nats per GiB."""
+
+    status: str
+    objective: float
+    lower_bound: float
+    gap: float
+    constraints: tuple[str, ...] = ()
+    prices: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """Predicted tokens per second with its band; None when the rig's bandwidth is unknown."""
+
+    tg_tps: float | None = None
+    tg_low: float | None = None
+    tg_high: float | None = None
+    pp_tps: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedTensor:
+    """One tensor of the planned file."""
+
+    name: str
+    shape: tuple[int, ...]
+    role: str
+    layer: int | None
+    type: str
+    bytes: int
+    device: str
+    damage: float
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A complete design; see CONTRACT §2 for the meaning of every key."""
+
+    model: ModelInfo
+    engine: EngineInfo
+    settings: Settings
+    size: Size
+    devices: tuple[DeviceUse, ...]
+    quality: Quality
+    optimality: Optimality
+    speed: Speed
+    types: dict[str, dict[str, int]]
+    rules: tuple[str, ...]
+    commands: dict[str, list[str]]
+    offload: dict[str, Any]
+    tensors: tuple[PlannedTensor, ...]
+    name: str = ""
+    created: str = ""
+    quantmix: str = ""
+    check: dict[str, Any] | None = None
+    budget: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the document as plain JSON values, keys in CONTRACT order."""
+        doc: dict[str, Any] = {"schema": SCHEMA, "quantmix": self.quantmix, "created": self.created}
+        for f in fields(self):
+            if f.name in ("quantmix", "created", "tensors"):
+                continue
+            value = getattr(self, f.name)
+            doc[f.name] = _plain(value)
+        doc["tensors"] = [_plain(t) for t in self.tensors]
+        return doc
+
+    @classmethod
+    def from_json(cls, doc: dict[str, Any]) -> Recipe:
+        """Rebuild a recipe from `to_json`.
+
+        Raises:
+            BadFile: a key is missing or has the wrong form.
+        """
+        try:
+            return cls(
+                model=ModelInfo(**doc["model"]),
+                engine=EngineInfo(**doc["engine"]),
+                settings=_known(Settings, doc["settings"]),
+                size=Size(**doc["size"]),
+                devices=tuple(_known(DeviceUse, d) for d in doc["devices"]),
+                quality=_known(
+                    Quality, {**doc["quality"], "warnings": tuple(doc["quality"]["warnings"])}
+                ),
+                optimality=_known(
+                    Optimality,
+                    {**doc["optimality"], "constraints": tuple(doc["optimality"]["constraints"])},
+                ),
+                speed=_known(Speed, doc["speed"]),
+                types=doc["types"],
+                rules=tuple(doc["rules"]),
+                commands=doc["commands"],
+                offload=doc["offload"],
+                tensors=tuple(
+                    PlannedTensor(**{**t, "shape": tuple(t["shape"])}) for t in doc["tensors"]
+                ),
+                name=doc.get("name", ""),
+                created=doc.get("created", ""),
+                quantmix=doc.get("quantmix", ""),
+                check=doc.get("check"),
+                budget=doc.get("budget", {}),
+            )
+        except (KeyError, TypeError, AttributeError) as err:
+            raise BadFile(f"not a quantmix recipe: {err!r} while reading it") from err
+
+
+def load(path: str | Path) -> Recipe:
+    """Read a recipe from its folder or its recipe.json.
+
+    Raises:
+        BadFile: nothing there, or not a recipe.
+    """
+    file = Path(path)
+    if file.is_dir():
+        file = file / "recipe.json"
+    try:
+        doc = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BadFile(f"no recipe at {path}: make one with `quantmix design`") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as err:
+        raise BadFile(f"{file} cannot be read as a recipe: {err}") from err
+    if not isinstance(doc, dict) or doc.get("schema") != SCHEMA:
+        raise BadFile(f"{file} is not a quantmix recipe of schema {SCHEMA}")
+    return Recipe.from_json(doc)
+
+
+def _plain(value: Any) -> Any:
+    """Turn dataclasses and tuples into dicts and lists, at any depth."""
+    if hasattr(value, "__dataclass_fields__"):
+        return {k: _plain(v) for k, v in asdict(value).items()}
+    if isinstance(value, tuple | list):
+        return [_plain(v) for v in value]
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return value
+
+
+def _known(kind: Any, doc: dict[str, Any]) -> Any:
+    """Build `kind` from the keys of `doc` that it has; newer documents may hold more."""
+    names = {f.name for f in fields(kind)}
+    return kind(**{k: v for k, v in doc.items() if k in names})

@@ -1,0 +1,58 @@
+"""Devices and rigs: what there is to put weights on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """One memory: a GPU, or the host's RAM.
+
+    Attributes:
+        name: `GPU0`, `GPU1`, … in CUDA order, or `CPU`.
+        capacity_bytes: what may be used; None for a host whose RAM was not given.
+        card: key in the device table, or a size such as `24G`.
+        bandwidth_gbs: theoretical memory bandwidth in 1e9 bytes per second, None when unknown.
+        efficiency: share of the bandwidth reached when generating tokens (fitted), None unknown.
+        reserve_bytes: overrides the automatic reserve.
+    """
+
+    name: str
+    kind: Literal["gpu", "host"]
+    capacity_bytes: int | None
+    card: str = ""
+    bandwidth_gbs: float | None = None
+    efficiency: float | None = None
+    int8_tops: float | None = None
+    reserve_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Rig:
+    """GPUs in CUDA order and the host.
+
+    `ideal` marks the single literal pool of `--vram`. `cpu_cores` and `pcie_gbs` feed the speed
+    model. `desktop` adds a desktop's own use to the first GPU's reserve.
+    """
+
+    gpus: tuple[Device, ...]
+    host: Device
+    name: str = ""
+    ideal: bool = False
+    cpu_cores: int | None = None
+    cpu_class: str = ""
+    pcie_gbs: float | None = None
+    desktop: bool = False
+    ram_reserve_bytes: int | None = None
+
+    @property
+    def devices(self) -> tuple[Device, ...]:
+        """GPUs, then the host."""
+        return (*self.gpus, self.host)
+
+    @property
+    def has_ram(self) -> bool:
+        """Whether repeating-layer weights may go to RAM."""
+        return self.host.capacity_bytes is not None
