@@ -40,8 +40,14 @@ def parse_size(text: str, what: str = "size") -> int:
     match = _SIZE.match(text)
     factor = _FACTORS.get(match.group(2).lower()) if match else None
     if match is None or factor is None:
-        raise UsageError(f"{what} {text!r} is not a size: write it like 192G, 192GiB, 192GB or 800M")
-    n_bytes = int(float(match.group(1)) * factor) if "." in match.group(1) else int(match.group(1)) * factor
+        raise UsageError(
+            f"{what} {text!r} is not a size: write it like 192G, 192GiB, 192GB or 800M"
+        )
+    n_bytes = (
+        int(float(match.group(1)) * factor)
+        if "." in match.group(1)
+        else int(match.group(1)) * factor
+    )
     if n_bytes <= 0:
         raise UsageError(f"{what} {text!r} must be above zero")
     return n_bytes
@@ -50,7 +56,11 @@ def parse_size(text: str, what: str = "size") -> int:
 def gib(n_bytes: float, digits: int = 2) -> str:
     """Return `n_bytes` as text in GiB, or in MiB when below one GiB."""
     if abs(n_bytes) < GIB:
-        return f"{n_bytes / MIB:.0f} MiB" if abs(n_bytes) >= MIB or n_bytes == 0 else f"{n_bytes:.0f} B"
+        return (
+            f"{n_bytes / MIB:.0f} MiB"
+            if abs(n_bytes) >= MIB or n_bytes == 0
+            else f"{n_bytes:.0f} B"
+        )
     return f"{n_bytes / GIB:.{digits}f} GiB"
 
 
