@@ -18,15 +18,17 @@ FloatArray = NDArray[np.float64]
 class LossModel(Protocol):
     """Predicts what quantizing does to a model."""
 
-    basis: str
-    """`prior`, `calibrated` or `measured`."""
+    @property
+    def basis(self) -> str:
+        """What the prediction rests on: `prior`, `calibrated` or `measured`."""
+        ...
 
     def damage(self, model: Model, types: Sequence[GgmlType]) -> FloatArray:
         """Return damage in nats, shape (n_tensors, n_types), of giving each tensor each type.
 
-        Additive: the damage of a mix is the sum. `types` are types really written (fallback already
-        applied by the caller); rows of tensors that cannot be quantized are zero. Values are ≥ 0 and
-        never fall from a type to a worse one of the same curve.
+        Additive: the damage of a mix is the sum. `types` are types really written (the caller
+        has applied fallbacks); rows of tensors that cannot be quantized are zero. Values are
+        ≥ 0 and never fall from a type to a worse one of the same curve.
         """
         ...
 
