@@ -1,0 +1,115 @@
+"""Models known by name: the facts are rows of `catalog.csv` beside this module.
+
+Each row carries its source and how far it was verified (`yes`: names and shapes equal to a real
+file or log; `partial`: independent counts agree; `loader`: dimensions from the published config,
+list accepted by an engine's loader). `n_tensors` and `total_params` are cross-checked by the tests
+against the generated lists; for MLA models they describe the `split` layout.
+"""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import dataclass, fields
+from functools import cache
+from importlib.resources import files
+
+from quantmix.errors import UnknownName
+from quantmix.models.model import HParams
+
+# Endings that name a file form, not a model: `DeepSeek-R1-GGUF`, `…-bf16`.
+_FORM_SUFFIXES = ("-gguf", "-bf16", "-fp16", "-f16", "-fp8", "-hf", "-safetensors")
+
+
+@dataclass(frozen=True, slots=True)
+class CatalogEntry:
+    """One known model: names, hyper-parameters, and how sure we are."""
+
+    id: str
+    display: str
+    aliases: tuple[str, ...]
+    hf_repo: str
+    arch: str
+    hparams: HParams
+    n_tensors: int
+    total_params: int
+    verified: str
+    verified_by: str
+    source: str
+    notes: str
+
+
+@cache
+def catalog() -> dict[str, CatalogEntry]:
+    """Return every known model by id, in the order of the table."""
+    text = (files("quantmix.models") / "catalog.csv").read_text(encoding="utf-8")
+    return {row["id"]: _entry(row) for row in csv.DictReader(text.splitlines())}
+
+
+def find(name: str) -> CatalogEntry:
+    """Return the entry that people mean by `name`: id, alias or Hugging Face name, any case.
+
+    A form suffix (`-GGUF`, `-bf16`) and an owner (`unsloth/`) are ignored. The beginning of a name
+    is enough when only one model begins so.
+
+    Raises:
+        UnknownName: nothing matches, or several do; the message suggests.
+    """
+    names = _names()
+    wanted = _normal(name)
+    if wanted in names:
+        return catalog()[names[wanted]]
+    starts = sorted({i for n, i in names.items() if wanted and n.startswith(wanted + "-")})
+    if len(starts) == 1:
+        return catalog()[starts[0]]
+    if starts:
+        some = ", ".join(starts[:6]) + (", …" if len(starts) > 6 else "")
+        raise UnknownName(f"model {name!r} may be {some}: name one of them")
+    raise UnknownName.of("model", wanted or name, names, "see `quantmix models`")
+
+
+@cache
+def _names() -> dict[str, str]:
+    """Every accepted name, normalised, to its id; ids win over aliases over repository names."""
+    names: dict[str, str] = {}
+    for entry in catalog().values():
+        names[_normal(entry.id)] = entry.id
+    for entry in catalog().values():
+        for alias in (*entry.aliases, entry.hf_repo):
+            names.setdefault(_normal(alias), entry.id)
+    return names
+
+
+def _normal(name: str) -> str:
+    """Lower case, owner dropped, `_` and blanks as `-`, form suffixes cut."""
+    text = name.strip().lower().rstrip("/").rpartition("/")[2]
+    text = "-".join(text.replace("_", "-").split())
+    for suffix in _FORM_SUFFIXES:
+        text = text.removesuffix(suffix)
+    return text
+
+
+def _entry(row: dict[str, str]) -> CatalogEntry:
+    values: dict[str, object] = {}
+    for f in fields(HParams):
+        text = row[f.name]
+        if f.type == "bool":
+            values[f.name] = text == "1"
+        elif f.type == "int":
+            values[f.name] = int(text or 0)
+        else:
+            values[f.name] = text
+    values["moe_layer_step"] = int(row["moe_layer_step"] or 1)
+    return CatalogEntry(
+        id=row["id"],
+        display=row["display"],
+        aliases=tuple(a for a in row["aliases"].split(";") if a),
+        hf_repo=row["hf_repo"],
+        arch=row["arch"],
+        hparams=HParams(**values),  # type: ignore[arg-type]
+        n_tensors=int(row["n_tensors"]),
+        total_params=int(row["total_params"]),
+        verified=row["verified"],
+        verified_by=row["verified_by"],
+        source=row["source"],
+        notes=row["notes"],
+    )
