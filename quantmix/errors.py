@@ -1,14 +1,14 @@
 """Every error that quantmix raises on purpose.
 
     QuantmixError
-    ├── UsageError (ValueError)            exit 2   a flag, size, regex or combination that makes no sense
+    ├── UsageError (ValueError)            exit 2   a flag, size or regex that makes no sense
     │   ├── UnknownName (LookupError)      exit 2   a model, type, device or rig that nobody knows
-    │   └── BadFile (ValueError)           exit 2   a file that is missing, malformed or not what was asked for
+    │   └── BadFile (ValueError)           exit 2   a file that is missing or malformed
     │       └── SourceMismatch             exit 2   a source that does not match the recipe
     ├── InfeasibleBudget (ValueError)      exit 3   nothing fits; says by how much and what would
-    ├── EngineError (RuntimeError)         exit 4   an engine that is missing or failed
+    ├── EngineError (RuntimeError)         exit 4   an engine that failed
     │   └── EngineMissing                  exit 4   no engine of the needed kind was found
-    └── CheckFailed (AssertionError)       exit 5   a check or a verification that did not hold
+    └── CheckFailed (AssertionError)       exit 5   a check or verification that did not hold
 
 A message says what is wrong, where, and how to mend it, in one line.
 """

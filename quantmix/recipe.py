@@ -1,4 +1,4 @@
-"""The one document: what a design decided, in the shape of CONTRACT §2. Every later step reads it."""
+"""The one document: what a design decided (CONTRACT §2). Every later step reads it."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class DeviceUse:
 
 @dataclass(frozen=True, slots=True)
 class Quality:
-    """Predicted damage in nats and what follows from it; `basis` is prior, calibrated or measured."""
+    """Predicted damage (nats) and what follows; `basis` is prior, calibrated or measured."""
 
     damage: float
     ln_ppl_ratio: float

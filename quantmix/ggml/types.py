@@ -3,8 +3,8 @@
 The facts are rows of `types.csv` beside this module, one per (engine, type) with their source;
 a test compares every row with the engine's own library.
 
-    row_bytes    = row_meta + type_size * ncols / block_size        (ncols must divide)
-    tensor_bytes = row_bytes * ne1 * ne2 * ne3                      (ggml.c: ggml_row_size, ggml_nbytes)
+    row_bytes    = row_meta + type_size * ncols / block_size     (ncols must divide)
+    tensor_bytes = row_bytes * ne1 * ne2 * ne3                   (ggml_row_size, ggml_nbytes)
 """
 
 from __future__ import annotations

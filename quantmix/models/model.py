@@ -125,7 +125,7 @@ class Model:
     Attributes:
         id: catalog id, or a name made from the file.
         arch: GGUF `general.architecture`.
-        layout: for MLA models which of attn_kv_b / attn_k_b / attn_v_b the file holds; else `plain`.
+        layout: which of attn_kv_b / attn_k_b / attn_v_b an MLA file holds; else `plain`.
         source: `catalog`, or where the header came from.
         header_bytes: exact size of header and padding when a real header was read, else None.
         display: name for people.
