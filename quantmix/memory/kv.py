@@ -1,0 +1,199 @@
+"""Bytes of the KV cache, block by block, exactly as the engines allocate it.
+
+    GQA / MHA    n_ctx · (K row + V row)                       per attention layer
+    MLA, ik      n_ctx · row(ctk, 512 + 64)                    `-mla 1..3` with flash attention
+                 … + n_ctx · 512 · 2                           `-mla 1` without (V transposed, f16)
+                 n_ctx · n_head · (K row + V row)              `-mla 0`
+    sliding      ik: as a full layer; mainline: pad256(min(n_ctx, window + ubatch)) cells
+    recurrent    ((d_conv-1)·(d_inner + 2·n_group·d_state) + d_state·d_inner) · 4   per sequence
+    DSA indexer  n_ctx · row(f16, head_dim)                    on layers that have an indexer
+
+A row is `ggml_row_size(type, n)`. Sources: llama.cpp src/llama-kv-cache.cpp,
+llama-kv-cache-iswa.cpp, llama-memory-recurrent.cpp; ik_llama.cpp src/llama.cpp
+(llama_kv_cache_init); checked against 169 published logs (docs/memory-model.md).
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+from quantmix.errors import UsageError
+from quantmix.ggml import types
+from quantmix.memory.settings import Settings
+from quantmix.models.model import HParams, Model
+from quantmix.units import pad
+
+CTX_PAD: Final = 256
+_STATE_BYTES: Final = 4  # recurrent state is f32 in both engines
+
+IK_SKIPS_IDLE_MTP: Final = "2025-10-20"  # ik_llama.cpp PR 843
+MAINLINE_MLA: Final = "2025-04-15"  # llama.cpp PR 12801
+MAINLINE_MLA_WITHOUT_V: Final = "2026-01-25"  # llama.cpp PR 19067
+MAINLINE_INDEXER_TYPE: Final = "2026-08-15"  # llama.cpp PR 26474
+
+
+def kv_bytes(model: Model, settings: Settings) -> tuple[int, ...]:
+    """Return the bytes of KV cache (or recurrent state) of every block of the file.
+
+    The tuple has `n_blocks(model)` entries: trunk layers, then the MTP blocks that the file holds;
+    the latter are 0 unless `settings.mtp` (or an ik build that still allocated them).
+
+    Raises:
+        UsageError: a cache type whose rows do not divide, or that the engine does not have.
+    """
+    h = model.hparams
+    swa, full = swa_layers(h), attention_layers(h)
+    trunk = [
+        _attention(model, settings, swa=swa[i], layer=i)
+        if full[i]
+        else recurrent_state_bytes(h) * settings.parallel
+        for i in range(h.n_layer)
+    ]
+    mtp = _attention(model, settings, swa=False, layer=h.n_layer) if _mtp_cached(settings) else 0
+    return (*trunk, *([mtp] * (n_blocks(model) - h.n_layer)))
+
+
+def n_blocks(model: Model) -> int:
+    """Number of blocks in the file: trunk layers plus the MTP blocks it holds."""
+    h = model.hparams
+    return h.n_layer + (h.nextn_layers if h.nextn_in_gguf else 0)
+
+
+def n_cells(settings: Settings) -> int:
+    """Context cells that the engine allocates: `ctx` padded, per slot where slots are separate.
+
+    Both engines pad to 256; ik without flash attention to 32 (llama_kv_cache_get_padding).
+    """
+    if settings.engine == "ik":
+        return pad(settings.ctx, CTX_PAD if settings.fa else 32)
+    slots = max(1, settings.parallel)
+    return slots * pad(-(-settings.ctx // slots), CTX_PAD)
+
+
+def attention_layers(h: HParams) -> tuple[bool, ...]:
+    """Whether each trunk layer is attention (True) or recurrent; every n-th in hybrids."""
+    step = h.full_attn_interval
+    return tuple(step <= 1 or (i + 1) % step == 0 for i in range(h.n_layer))
+
+
+def swa_layers(h: HParams) -> tuple[bool, ...]:
+    """Whether each trunk layer attends over a sliding window (or chunk) only.
+
+    Raises:
+        UsageError: the model has a window but a pattern that cannot be read.
+    """
+    if not h.sliding_window or not h.swa_pattern:
+        return (False,) * h.n_layer
+    text = h.swa_pattern.lower()
+    if re.fullmatch(r"[01]+", text):
+        return tuple(c == "1" for c in text.ljust(h.n_layer, text[-1])[: h.n_layer])
+    if "alternate" in text:
+        return tuple(i % 2 == 0 for i in range(h.n_layer))
+    match = re.search(r"%\s*(\d+)\s*==\s*0", text) or re.search(r"every (\d+)(?:th|nd|rd)", text)
+    match = match or re.fullmatch(r"(\d+)", text)
+    if match is None or int(match.group(1)) < 1:
+        raise UsageError(f"sliding-window pattern {h.swa_pattern!r} is not understood")
+    step = int(match.group(1))
+    return tuple((i + 1) % step != 0 for i in range(h.n_layer))
+
+
+def indexer_layers(h: HParams) -> frozenset[int]:
+    """Blocks that hold a DSA indexer: `all`, or ranges with a step such as `0-2,6-78:4`.
+
+    Raises:
+        UsageError: the text is neither.
+    """
+    if not h.indexer_head_dim or not h.indexer_layers:
+        return frozenset()
+    if h.indexer_layers == "all":
+        return frozenset(range(h.n_layer + h.nextn_layers))
+    found: set[int] = set()
+    for part in h.indexer_layers.split(","):
+        match = re.fullmatch(r"\s*(\d+)(?:-(\d+)(?::(\d+))?)?\s*", part)
+        if match is None:
+            raise UsageError(f"indexer layers {h.indexer_layers!r}: {part!r} is not a range")
+        first, last, step = match.groups()
+        found.update(range(int(first), int(last or first) + 1, int(step or 1)))
+    return frozenset(found)
+
+
+def recurrent_state_bytes(h: HParams) -> int:
+    """Bytes of one linear layer's state for one sequence (f32: convolution tail plus state)."""
+    d_inner = h.ssm_d_state * h.ssm_dt_rank
+    conv = max(h.ssm_d_conv - 1, 0) * (d_inner + 2 * h.ssm_n_group * h.ssm_d_state)
+    return (conv + h.ssm_d_state * d_inner) * _STATE_BYTES
+
+
+def _attention(model: Model, settings: Settings, *, swa: bool, layer: int) -> int:
+    """Bytes of one attention layer over its cells, DSA indexer included."""
+    h = model.hparams
+    if _latent(model, settings):
+        per_cell = _mla_cell(h, settings)
+    elif swa and h.head_dim_swa:
+        per_cell = _gqa_cell(settings, h.n_head_kv, h.head_dim_swa, h.head_dim_swa)
+    elif h.n_head_kv_full and not swa and h.sliding_window:
+        per_cell = _gqa_cell(settings, h.n_head_kv_full, h.head_dim_k, h.head_dim_v)
+    else:
+        heads = h.n_head if h.is_mla else h.n_head_kv
+        per_cell = _gqa_cell(settings, heads, h.head_dim_k, h.head_dim_v)
+    cells = _swa_cells(h, settings) if swa else n_cells(settings)
+    extra = n_cells(settings) * _indexer_cell(h, settings) if layer in indexer_layers(h) else 0
+    return cells * per_cell + extra
+
+
+def _latent(model: Model, settings: Settings) -> bool:
+    """Whether the engine keeps the compressed cache for this file."""
+    if not model.hparams.is_mla:
+        return False
+    if settings.engine == "ik":
+        return settings.mla > 0
+    return model.layout != "legacy" and settings.build >= MAINLINE_MLA
+
+
+def _mla_cell(h: HParams, settings: Settings) -> int:
+    """Bytes per cell of the compressed cache."""
+    width = h.kv_lora_rank + h.rope_dim
+    latent = _row(settings, settings.ctk, width)
+    if settings.engine == "mainline":
+        if settings.build >= MAINLINE_MLA_WITHOUT_V:
+            return latent
+        return latent + _row(settings, settings.ctv, h.kv_lora_rank)
+    if settings.fa:
+        return latent
+    if settings.mla == 1:
+        # The transposed half cannot be quantized; ik falls back to f16 (PR 206, log L021).
+        plain = settings.ctv in ("f16", "bf16", "f32")
+        return latent + _row(settings, settings.ctv if plain else "f16", h.kv_lora_rank)
+    # Builds differ on which of the two types that one cache takes: assume the larger.
+    return max(latent, _row(settings, settings.ctv, width))
+
+
+def _gqa_cell(settings: Settings, heads: int, dim_k: int, dim_v: int) -> int:
+    """Bytes per cell of `heads` K and V rows; rows are whole heads (ik: one ggml row per head)."""
+    return heads * (_row(settings, settings.ctk, dim_k) + _row(settings, settings.ctv, dim_v))
+
+
+def _row(settings: Settings, cache_type: str, width: int) -> int:
+    return types.get(cache_type, settings.engine).row_bytes(width)
+
+
+def _swa_cells(h: HParams, settings: Settings) -> int:
+    """Cells of a sliding-window layer: all of them in ik, window plus ubatch in mainline."""
+    if settings.engine == "ik":
+        return n_cells(settings)
+    slots = max(1, settings.parallel)
+    per_slot = n_cells(settings) // slots
+    window = pad(min(per_slot, h.sliding_window + settings.ubatch), CTX_PAD)
+    return slots * window
+
+
+def _indexer_cell(h: HParams, settings: Settings) -> int:
+    """Bytes per cell of the DSA indexer's keys: f16 in ik (`-ictk`), ctk in newer mainline."""
+    follows = settings.engine == "mainline" and settings.build >= MAINLINE_INDEXER_TYPE
+    return _row(settings, settings.ctk if follows else "f16", h.indexer_head_dim)
+
+
+def _mtp_cached(settings: Settings) -> bool:
+    """Whether MTP blocks get a KV cache."""
+    return settings.mtp or (settings.engine == "ik" and settings.build < IK_SKIPS_IDLE_MTP)
