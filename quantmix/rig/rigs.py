@@ -21,21 +21,10 @@ _MARKETING: Final = re.compile(r"^(\d+)g$", re.IGNORECASE)
 _SIZE_LIKE: Final = re.compile(r"^[\d.]+\s*[kmgt](i?b)?$", re.IGNORECASE)
 _MAX_GPUS: Final = 64
 _MAX_REAL_CARDS: Final = 8
-_KEYS: Final = frozenset(
-    [
-        "name",
-        "gpus",
-        "ram",
-        "ram_reserve",
-        "reserve",
-        "cpu",
-        "cpu_cores",
-        "pcie_gbs",
-        "desktop",
-        "source",
-        "note",
-    ]
-)
+_KEYS: Final = {
+    *("name", "gpus", "ram", "ram_reserve", "reserve", "cpu", "cpu_cores", "pcie_gbs"),
+    *("desktop", "source", "note"),
+}
 
 
 @dataclass(frozen=True, slots=True)
