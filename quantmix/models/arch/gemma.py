@@ -14,14 +14,14 @@ from quantmix.models.model import HParams, Layout
 ARCHS = ("gemma3", "gemma4")
 
 # Every sixth layer sees the whole context (swa_pattern 5:1 of the Gemma 3 and 4 configs).
-_FULL_EVERY = 6
+FULL_EVERY = 6
 
 
 def entries(h: HParams, arch: str, layout: Layout) -> Iterator[Entry]:
     """Yield the tensor list."""
     yield from base.embedding(h)
     for i in range(h.n_layer):
-        yield from base.block(i, _layer(h, arch, (i + 1) % _FULL_EVERY == 0))
+        yield from base.block(i, _layer(h, arch, (i + 1) % FULL_EVERY == 0))
     yield from base.head(h)
 
 
