@@ -25,6 +25,8 @@ ENGINES: Final[tuple[Engine, ...]] = ("ik", "mainline")
 
 # DESIGN §4.9: the interleaved types that have CUDA kernels and no better non-interleaved twin.
 _DEFAULT_INTERLEAVED: Final = frozenset({"iq1_s_r4", "iq1_m_r4"})
+# mainline writes f16 where even blocks of this size do not divide (tensor_type_fallback).
+_F16_BLOCK: Final = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,8 +163,8 @@ def resolve(name: str, tensor: str, shape: tuple[int, ...], engine: Engine = "ik
     nrows = shape[1] if len(shape) > 1 else 1
     if ncols % qtype.ncols_multiple and qtype.fallback:
         qtype = get(qtype.fallback, engine)
-        if ncols % qtype.block_size and engine == "mainline":
-            qtype = get("f16", engine)
+    if engine == "mainline" and ncols % qtype.block_size and qtype.block_size <= _F16_BLOCK:
+        qtype = get("f16", engine)
     if qtype.interleave > 1 and (tensor == "token_embd.weight" or nrows % qtype.interleave):
         qtype = get(qtype.base, engine)
     if ncols % qtype.ncols_multiple:
