@@ -64,7 +64,7 @@ class DryTensor:
     @property
     def print_agrees(self) -> bool:
         """Whether the printed size is `bytes`, within the rounding of the print."""
-        rounding = 0.5 / 10**self.digits
+        rounding = 0.5 * 10.0**-self.digits
         return abs(self.bytes / MIB - self.printed_mib) <= rounding + 1e-9
 
 

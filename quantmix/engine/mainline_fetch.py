@@ -1,7 +1,8 @@
 """Bring a complete mainline libllama into the user's cache.
 
-`python -m quantmix.engine.mainline_fetch` does it. The npm package `@node-llama-cpp/linux-x64` is llama.cpp built for the CPU, quantizer included, with
-nothing compiled and nothing run at installation. npm checks its digest; it is unpacked by us.
+`python -m quantmix.engine.mainline_fetch` does it. The npm package `@node-llama-cpp/linux-x64` is
+llama.cpp built for the CPU, quantizer included; nothing is compiled and nothing runs at
+installation. npm checks its digest; it is unpacked by us.
 """
 
 from __future__ import annotations
