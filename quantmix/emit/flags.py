@@ -1,0 +1,143 @@
+"""Offload flags of a plan: the parts that both engines share, and the entry point."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from quantmix.emit.regex import int_group, word_group
+from quantmix.errors import UsageError
+from quantmix.memory import kv
+from quantmix.memory.model import HOST, Placement
+from quantmix.memory.settings import Settings
+from quantmix.models.model import Model
+from quantmix.rig.device import Rig
+
+_EXPERT_WORDS: Final = ("up", "down", "gate", "gate_up")  # as people write them
+
+
+@dataclass(frozen=True, slots=True)
+class OffloadFlags:
+    """Flags and environment that put every tensor where the plan wants it.
+
+    `notes` says on what the flags rest, one sentence each.
+    """
+
+    flags: list[str]
+    env: dict[str, str]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class SplitPlan:
+    """A placement read as the engines split: leading blocks in RAM, then runs of blocks per GPU.
+
+    `gpus` are the rig indices in use, in order; `counts` their number of slots (the output is one
+    more slot where the engine deals it along with the blocks, on the last GPU when the plan keeps
+    it in RAM).
+    """
+
+    first: int
+    n_blocks: int
+    gpus: tuple[int, ...]
+    counts: tuple[int, ...]
+    output: int
+
+
+def offload(
+    model: Model,
+    settings: Settings,
+    rig: Rig,
+    placement: Placement,
+    sizes: Mapping[str, int],
+) -> OffloadFlags:
+    """Return the flags for the engine of `settings`, proven by replaying them.
+
+    `sizes` are file bytes per tensor.
+
+    Raises:
+        UsageError: no flags of the engine can express the placement.
+        CheckFailed: the replay differs from the plan.
+    """
+    from quantmix.emit import ik, mainline, simulate
+
+    emit = ik.offload_flags if settings.engine == "ik" else mainline.offload_flags
+    flags = emit(model, settings, rig, placement, sizes=sizes)
+    simulate.prove(flags, model, settings, rig, placement, sizes)
+    return flags
+
+
+def split_plan(model: Model, placement: Placement, *, with_output: bool) -> SplitPlan:
+    """Read a placement as leading RAM blocks and contiguous runs per GPU.
+
+    Raises:
+        UsageError: blocks of a GPU are not contiguous, or RAM blocks do not come first.
+    """
+    n = kv.n_blocks(model)
+    blocks = list(placement.layer_device[:n])
+    blocks += [placement.output_device] * (n - len(blocks))
+    first = next((i for i, d in enumerate(blocks) if d != HOST), n)
+    rest = blocks[first:]
+    if HOST in rest or rest != sorted(rest):
+        raise UsageError(
+            "no flags can express this placement: layers in RAM must come first, "
+            "and each GPU must hold one run of layers, in GPU order"
+        )
+    output = placement.output_device
+    dealt_to = output if output != HOST else rest[-1] if rest else HOST
+    slots = [*rest, dealt_to] if with_output and dealt_to != HOST else rest
+    if slots != sorted(slots):
+        raise UsageError("the output matrix must be on the GPU of the last layers, or after it")
+    gpus = tuple(sorted({*slots, *([output] if output != HOST else [])}))
+    return SplitPlan(first, n, gpus, tuple(slots.count(g) for g in gpus), output)
+
+
+def environment(rig: Rig, plan: SplitPlan) -> dict[str, str]:
+    """CUDA numbering as `nvidia-smi` shows it, and only the GPUs in use (none for a pool)."""
+    if rig.ideal or not plan.gpus:
+        return {}
+    return {
+        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+        "CUDA_VISIBLE_DEVICES": ",".join(str(g) for g in plan.gpus),
+    }
+
+
+def expert_override(model: Model, placement: Placement, settings: Settings) -> list[str]:
+    """`-ot` for the routed experts that stay in RAM although their block is on a GPU.
+
+    Empty when there are none; `exps=CPU` when there are no others; else one anchored pattern.
+    """
+    n = kv.n_blocks(model)
+    roles: dict[int, set[str]] = {}
+    for t in model.tensors:
+        if t.layer is not None and "exps" in t.role and (t.loaded or settings.mtp):
+            roles.setdefault(t.layer, set()).add(t.role)
+    homes = placement.layer_device
+    on_gpu = {i for i in roles if i >= len(homes) or homes[i] != HOST}
+    in_ram = on_gpu & placement.cpu_experts
+    if not in_ram:
+        return []
+    if in_ram == on_gpu:
+        return ["-ot", "exps=CPU"]
+    free = set(range(n)) - on_gpu
+    choices = [in_ram, in_ram | free]
+    if max(in_ram) == max(on_gpu) and n < 100:
+        choices += [c | set(range(max(on_gpu) + 1, 100)) for c in choices]
+    layers = min((int_group(c) for c in choices), key=len)
+    names = {r for i in in_ram for r in roles[i]}
+    return ["-ot", rf"blk\.{layers}\.{_expert_names(names)}=CPU"]
+
+
+def _expert_names(names: set[str]) -> str:
+    """Pattern for expert tensors of a layer: `ffn_(up|down|gate)_exps`, or wider."""
+    words = {_word(n) for n in names}
+    if not all(n.startswith(f"ffn_{_word(n)}_exps") for n in names):
+        return "ffn_.*exps"
+    ordered = [w for w in _EXPERT_WORDS if w in words] + sorted(words - set(_EXPERT_WORDS))
+    weights_only = all(n.endswith("_exps") for n in names)
+    return rf"ffn_{word_group(ordered)}_exps" + (r"\.weight" if weights_only else "")
+
+
+def _word(name: str) -> str:
+    return name.removeprefix("ffn_").split("_exps")[0]

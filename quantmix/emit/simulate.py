@@ -1,0 +1,283 @@
+"""Replays offload flags over all tensors, with each engine's own precedence.
+
+    1. `token_embd` stays in RAM; blocks and the output matrix go where -ngl and -ts put them.
+    2. The first override whose regex is found anywhere in the name moves the tensor.
+       mainline: `-ot`, `-cmoe`, `-ncmoe` in command-line order; ik: every `-ot` first.
+       -ncmoe N: mainline the first N blocks; ik the first N (builds before 2026-08) or the last N
+       MoE blocks on one GPU, and shared out over the GPUs, from the back, on several.
+    3. KV follows its block, whatever moved the weights (`layer_homes`).
+
+Sources: llama.cpp src/llama-model.cpp, src/llama-model-loader.cpp, common/arg.cpp;
+ik_llama.cpp src/llama.cpp, src/llama-load-tensors.cpp, common/common.cpp.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from quantmix.emit.cmdline import CommandLine, parse
+from quantmix.emit.flags import OffloadFlags
+from quantmix.emit.layers import by_bytes, by_count, split_sizes, splits_bytes
+from quantmix.errors import CheckFailed, UsageError
+from quantmix.memory import kv
+from quantmix.memory.model import HOST, Placement
+from quantmix.memory.settings import Settings
+from quantmix.models.model import Model, Tensor
+from quantmix.rig.device import Rig
+
+IK_NCMOE_SHARED: Final = "2026-03-01"  # -ncmoe spread over GPUs; the exact build is not known
+IK_NCMOE_FROM_LAST: Final = "2026-08-01"  # on one GPU; seen in 2026-08-15, not in 2026-04
+CPU: Final = "CPU"
+
+
+@dataclass(frozen=True, slots=True)
+class Homes:
+    """GPU index (in the order the engine sees them) or HOST of every block, and of the output."""
+
+    blocks: tuple[int, ...]
+    output: int
+
+
+def replay(
+    flags: OffloadFlags | Sequence[str],
+    model: Model,
+    settings: Settings,
+    rig: Rig,
+    sizes: Mapping[str, int],
+) -> dict[str, str]:
+    """Return the device name of every loaded tensor under these flags.
+
+    `sizes` are file bytes per tensor. With an `OffloadFlags`, its CUDA_VISIBLE_DEVICES decides
+    which GPUs of the rig the engine sees, and in which order.
+
+    Raises:
+        UsageError: the engine would refuse the flags.
+    """
+    given = flags.flags if isinstance(flags, OffloadFlags) else flags
+    env = flags.env if isinstance(flags, OffloadFlags) else {}
+    command = parse(given)
+    names = [rig.gpus[i].name for i in visible(rig, env)]
+    homes = layer_homes(command, model, settings, rig, sizes, visible(rig, env))
+    rules = override_rules(command, model, settings, homes, len(names))
+    devices = {}
+    for t in model.tensors:
+        if not t.loaded and not settings.mtp:
+            continue
+        hit = next((home for regex, home in rules if regex.search(t.name)), None)
+        home = default_home(t, homes) if hit is None else hit
+        devices[t.name] = names[home] if home != HOST else CPU
+    return devices
+
+
+def planned(model: Model, placement: Placement, rig: Rig, *, mtp: bool = False) -> dict[str, str]:
+    """Return the device name of every loaded tensor as the plan has it."""
+    n = kv.n_blocks(model)
+    missing = max(0, n - len(placement.layer_device))
+    blocks = (*placement.layer_device[:n], *([placement.output_device] * missing))
+    homes = Homes(blocks, placement.output_device)
+    devices = {}
+    for t in model.tensors:
+        if not t.loaded and not mtp:
+            continue
+        home = default_home(t, homes)
+        if is_expert(t) and t.layer in placement.cpu_experts:
+            home = HOST
+        devices[t.name] = rig.gpus[home].name if home != HOST else CPU
+    return devices
+
+
+def prove(
+    flags: OffloadFlags,
+    model: Model,
+    settings: Settings,
+    rig: Rig,
+    placement: Placement,
+    sizes: Mapping[str, int],
+) -> None:
+    """Check that the flags, replayed, are the plan; KV (by block) included.
+
+    Raises:
+        CheckFailed: they are not; names the first tensor that differs.
+    """
+    seen = visible(rig, flags.env)
+    homes = layer_homes(parse(flags.flags), model, settings, rig, sizes, seen)
+    for block, home in enumerate(placement.layer_device[: kv.n_blocks(model)]):
+        got = seen[homes.blocks[block]] if homes.blocks[block] != HOST else HOST
+        if got != home:
+            raise CheckFailed(
+                f"flags put layer {block} and its KV cache on {_label(rig, got)}, "
+                f"the plan on {_label(rig, home)}"
+            )
+    wanted = planned(model, placement, rig, mtp=settings.mtp)
+    got_devices = replay(flags, model, settings, rig, sizes)
+    for name, device in wanted.items():
+        if got_devices[name] != device:
+            raise CheckFailed(f"flags put {name} on {got_devices[name]}, the plan on {device}")
+
+
+def visible(rig: Rig, env: Mapping[str, str]) -> list[int]:
+    """Indices of the rig's GPUs that the engine sees, in its order.
+
+    Raises:
+        UsageError: CUDA_VISIBLE_DEVICES names a GPU that the rig does not have.
+    """
+    text = env.get("CUDA_VISIBLE_DEVICES", "").strip()
+    if not text:
+        return list(range(len(rig.gpus)))
+    try:
+        chosen = [int(p) for p in text.split(",")]
+    except ValueError:
+        raise UsageError(f"CUDA_VISIBLE_DEVICES={text} is not a list of numbers") from None
+    if any(not 0 <= i < len(rig.gpus) for i in chosen):
+        raise UsageError(f"CUDA_VISIBLE_DEVICES={text}, but the rig has {len(rig.gpus)} GPUs")
+    return chosen
+
+
+def layer_homes(
+    command: CommandLine,
+    model: Model,
+    settings: Settings,
+    rig: Rig,
+    sizes: Mapping[str, int],
+    seen: Sequence[int],
+) -> Homes:
+    """Where -ngl, -sm, -mg and -ts put every block, its KV cache, and the output.
+
+    Without `-ts` the engines split by free memory: capacities stand in for it here.
+    """
+    n = kv.n_blocks(model)
+    ngl = command.integer("ngl")
+    ngl = 999 if ngl is None or ngl < 0 else ngl
+    if not seen or ngl == 0:
+        return Homes((HOST,) * n, HOST)
+    if settings.engine == "ik":
+        first, last = max(n - ngl, 0), n + 1 if ngl > n else n
+    else:
+        first, last = max(n + 1 - ngl, 0), n + 1
+    if len(seen) == 1 or command.value("sm") == "none":
+        gpu = (command.integer("mg") or 0) if len(seen) > 1 else 0
+        slots = [gpu] * (last - first)
+    else:
+        weights = _weights(command, rig, seen)
+        if splits_bytes(settings):
+            slots = by_bytes(weights, first, last, split_sizes(model, settings, sizes))
+        else:
+            slots = by_count(weights, first, last)
+    full = [HOST] * first + slots + [HOST] * (n + 1 - last)
+    return Homes(tuple(full[:n]), full[n])
+
+
+def override_rules(
+    command: CommandLine, model: Model, settings: Settings, homes: Homes, n_gpus: int
+) -> list[tuple[re.Pattern[str], int]]:
+    """All overrides in the order the engine tries them: (regex, GPU index or HOST).
+
+    Raises:
+        UsageError: a regex or a buffer name that the engine refuses.
+    """
+    if command.integer("ngl") == 0:
+        return []
+    ots: list[tuple[re.Pattern[str], int]] = []
+    moe: list[tuple[re.Pattern[str], int]] = []
+    for option in command.options:
+        if option.name == "ot":
+            one = CommandLine((option,))
+            found = [(_regex(o.pattern), buffer_home(o.buffer, n_gpus)) for o in one.overrides]
+            ots += found
+        elif option.name in ("cmoe", "ncmoe"):
+            n = 999 if option.name == "cmoe" else int(option.value or 0)
+            rules = [(_moe_regex(i), HOST) for i in _ncmoe_layers(n, model, settings, homes)]
+            if settings.engine == "ik":
+                moe = rules
+            else:
+                ots += rules
+    return ots + moe
+
+
+def buffer_home(buffer: str, n_gpus: int) -> int:
+    """GPU index of `CUDA1`, HOST for `CPU`.
+
+    Raises:
+        UsageError: no such buffer among the GPUs the engine sees.
+    """
+    if buffer == CPU:
+        return HOST
+    match = re.fullmatch(r"CUDA(\d+)", buffer)
+    if match is None or int(match.group(1)) >= max(1, n_gpus):
+        names = ", ".join([CPU, *(f"CUDA{i}" for i in range(n_gpus))])
+        raise UsageError(f"-ot names buffer {buffer!r}: the engine knows {names}")
+    return int(match.group(1))
+
+
+def default_home(t: Tensor, homes: Homes) -> int:
+    """Home of a tensor before overrides."""
+    if t.layer is not None:
+        return homes.blocks[t.layer] if t.layer < len(homes.blocks) else homes.output
+    if t.role.startswith(("token_embd", "per_layer_token_embd", "position_embd", "token_types")):
+        return HOST
+    if t.role.startswith("rope_"):
+        return homes.blocks[0]
+    return homes.output
+
+
+def is_expert(t: Tensor) -> bool:
+    """Whether it belongs to the routed experts (weights or biases)."""
+    return "exps" in t.role
+
+
+def _ncmoe_layers(n: int, model: Model, settings: Settings, homes: Homes) -> list[int]:
+    blocks = list(range(len(homes.blocks)))
+    if settings.engine == "mainline" or settings.build < IK_NCMOE_SHARED or n >= len(blocks):
+        return blocks[:n]
+    n_gpus = len({d for d in homes.blocks if d != HOST})
+    if n_gpus < 2:
+        if settings.build < IK_NCMOE_FROM_LAST:
+            return blocks[:n]
+        moe = sorted({t.layer for t in model.tensors if is_expert(t) and t.layer is not None})
+        return moe[-n:] if n else []
+    wanted = _share_out(n, [list(homes.blocks).count(g) for g in range(max(homes.blocks) + 1)])
+    taken = []
+    for i in reversed(blocks):
+        gpu = homes.blocks[i]
+        if gpu != HOST and wanted[gpu] > 0:
+            wanted[gpu] -= 1
+            taken.append(i)
+    return taken
+
+
+def _share_out(n: int, counts: Sequence[int]) -> list[int]:
+    """ik's split of `-ncmoe N` over GPUs in proportion to their layers, adding up to N."""
+    total = sum(counts)
+    want = [c * n / total for c in counts]
+    out = [int(w + 0.5) for w in want]
+    while sum(out) > n:
+        out[max((i for i, o in enumerate(out) if o), key=lambda i: out[i] - 1 - want[i])] -= 1
+    while sum(out) < n:
+        room = [i for i, o in enumerate(out) if o < counts[i]]
+        out[min(room, key=lambda i: out[i] + 1 - want[i])] += 1
+    return out
+
+
+def _weights(command: CommandLine, rig: Rig, seen: Sequence[int]) -> list[float]:
+    given = list(command.tensor_split)[: len(seen)]
+    if any(given):
+        return given + [0.0] * (len(seen) - len(given))
+    return [float(rig.gpus[i].capacity_bytes or 1) for i in seen]
+
+
+def _regex(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as err:
+        raise UsageError(f"-ot pattern {pattern!r} is not a regex: {err}") from None
+
+
+def _moe_regex(layer: int) -> re.Pattern[str]:
+    return re.compile(rf"blk\.{layer}\.ffn_(up|down|gate|gate_up)_(ch|)exps")
+
+
+def _label(rig: Rig, home: int) -> str:
+    return rig.gpus[home].name if home != HOST else CPU
