@@ -1,0 +1,200 @@
+"""A model loaded by the native engine: tokens in, logits of scored positions out."""
+
+from __future__ import annotations
+
+import ctypes as C
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quantmix.engine import native
+from quantmix.errors import BadFile, EngineError, UsageError
+
+Tokens = NDArray[np.int32]
+Logits = NDArray[np.float32]
+
+_F16 = 1  # ggml type id of the default KV cache
+
+# Logits of one decode stay below this; at least one sequence is always decoded.
+_LOGITS_BYTES = 256 << 20
+
+
+def default_threads() -> int:
+    """Return the number of CPUs this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+class Session:
+    """A loaded model and a context of `n_seq` sequences of `n_ctx` tokens.
+
+    Args:
+        path: GGUF file (first shard of a split one).
+        n_ctx: tokens per chunk.
+        n_seq: chunks per decode; fewer when their logits would pass 256 MiB.
+        threads: compute threads; default all CPUs of the process.
+        mmap: map the weights; False gives private copies that `set_weights` may change.
+        on_node: evaluation callback `(tensor pointer, ask) -> bool`, see `imatrix`.
+        fused: let the engine fuse up and gate; False shows every matmul to `on_node`.
+
+    Raises:
+        BadFile: the engine cannot load the file.
+        EngineError: no context can be made.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        n_ctx: int = 512,
+        n_seq: int = 1,
+        threads: int | None = None,
+        mmap: bool = True,
+        on_node: Callable[[int, bool], bool] | None = None,
+        fused: bool = True,
+    ) -> None:
+        self._lib = native.load()
+        self.n_ctx = n_ctx
+        params = self._lib.llama_model_default_params()
+        params.use_mmap = mmap
+        self._model: int | None = self._lib.llama_model_load_from_file(str(path).encode(), params)
+        self._ctx: int | None = None
+        if not self._model:
+            raise BadFile(f"the engine cannot load {path}: truncated, malformed or not a model")
+        self.n_vocab: int = self._lib.llama_n_vocab(self._model)
+        fits = max(1, _LOGITS_BYTES // (4 * self.n_vocab * (n_ctx // 2)))
+        self.n_seq = max(1, min(n_seq, fits))
+        self._callback = native.EvalCallback(
+            (lambda tensor, ask, _: on_node(tensor, ask)) if on_node else 0
+        )
+        self._open_context(threads or default_threads(), fused)
+        self._buffers = _BatchBuffers(self.n_seq, n_ctx)
+
+    def _open_context(self, threads: int, fused: bool) -> None:
+        params = self._lib.llama_context_default_params()
+        params.n_ctx = self.n_ctx * self.n_seq
+        params.n_batch = self.n_ctx * self.n_seq
+        params.n_ubatch = min(512, params.n_batch)
+        params.n_seq_max = self.n_seq
+        params.n_threads = params.n_threads_batch = threads
+        params.cb_eval = self._callback
+        params.fused_up_gate = params.fused_moe_up_gate = params.fused_mmad = fused
+        self._ctx = self._lib.llama_init_from_model(self._model, params)
+        if not self._ctx:
+            self.close()
+            raise EngineError("the engine could not make a context: out of memory?")
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free context and model; safe to call twice."""
+        if self._ctx:
+            self._lib.llama_free(self._ctx)
+        if self._model:
+            self._lib.llama_free_model(self._model)
+        self._ctx = self._model = None
+
+    @property
+    def lib(self) -> Any:
+        """The typed native library."""
+        return self._lib
+
+    def tensor(self, name: str) -> int | None:
+        """Return the address of a weight tensor by its GGUF name, None when not loaded."""
+        address: int | None = self._lib.llama_get_model_tensor(self._model, name.encode())
+        return address
+
+    def tokenize(self, text: str) -> Tokens:
+        """Return the tokens of `text`, int32 [n], with BOS where the model asks for it.
+
+        As in both engines' perplexity tools: special tokens added, none parsed from the text
+        (research: perplexity.cpp, `common_tokenize(ctx, prompt, true)`).
+        """
+        raw = text.encode()
+        room = len(raw) + 8
+        tokens = np.empty(room, np.int32)
+        n = self._lib.llama_tokenize(
+            self._model, raw, len(raw), tokens.ctypes.data, room, True, False
+        )
+        if n < 0:
+            raise EngineError(f"the engine could not tokenize a text of {len(raw)} bytes")
+        return tokens[:n].copy()
+
+    def chunks(self, tokens: Tokens, limit: int | None = None) -> Tokens:
+        """Return whole chunks, int32 [n_chunk, n_ctx], their first token replaced by BOS if the
+        model adds one.
+
+        Raises:
+            UsageError: fewer than 2·n_ctx tokens, as the engines demand.
+        """
+        if len(tokens) < 2 * self.n_ctx:
+            raise UsageError(
+                f"the text has {len(tokens)} tokens, perplexity at n_ctx {self.n_ctx} needs at "
+                f"least {2 * self.n_ctx}: use a longer text or a smaller --ctx"
+            )
+        n = len(tokens) // self.n_ctx
+        n = min(n, limit) if limit else n
+        table = tokens[: n * self.n_ctx].reshape(n, self.n_ctx).copy()
+        if self._lib.llama_add_bos_token(self._model) == 1:
+            table[:, 0] = self._lib.llama_token_bos(self._model)
+        return table
+
+    def logits(self, chunks: Tokens, first: int, last: int) -> Logits:
+        """Run chunks [n ≤ n_seq, n_ctx]; return logits of positions first..last-1.
+
+        The result is a view [n, last-first, n_vocab] of the engine's own buffer, valid until the
+        next call.
+
+        Raises:
+            EngineError: the decode failed.
+        """
+        n, n_ctx = chunks.shape
+        self._lib.llama_kv_cache_clear(self._ctx)
+        batch = self._buffers.batch(chunks, first, last)
+        status = self._lib.llama_decode(self._ctx, batch)
+        if status:
+            raise EngineError(f"llama_decode failed with status {status}")
+        if last <= first:
+            return np.empty((n, 0, self.n_vocab), np.float32)
+        address = self._lib.llama_get_logits(self._ctx)
+        rows = n * (last - first)
+        flat = np.ctypeslib.as_array((C.c_float * (rows * self.n_vocab)).from_address(address))
+        return flat.reshape(n, last - first, self.n_vocab)
+
+
+class _BatchBuffers:
+    """Arrays that a llama_batch points into, made once per context."""
+
+    def __init__(self, n_seq: int, n_ctx: int) -> None:
+        self.token = np.zeros(n_seq * n_ctx, np.int32)
+        self.pos = np.tile(np.arange(n_ctx, dtype=np.int32), n_seq)
+        self.n_seq_id = np.ones(n_seq * n_ctx, np.int32)
+        self.ids = np.repeat(np.arange(n_seq, dtype=np.int32), n_ctx)
+        base, step = self.ids.ctypes.data, self.ids.itemsize
+        self.seq_id = base + step * np.arange(n_seq * n_ctx, dtype=np.uint64)
+        self.output = np.zeros((n_seq, n_ctx), np.int8)
+
+    def batch(self, chunks: Tokens, first: int, last: int) -> native.Batch:
+        """Fill in chunks [n, n_ctx] with logits wanted at first..last-1."""
+        n_tokens = chunks.size
+        self.token[:n_tokens] = chunks.reshape(-1)
+        self.output[:] = 0
+        self.output[:, first:last] = 1
+        made = native.Batch(n_tokens=n_tokens)
+        for name, array in (
+            ("token", self.token),
+            ("pos", self.pos),
+            ("n_seq_id", self.n_seq_id),
+            ("seq_id", self.seq_id),
+            ("logits", self.output),
+        ):
+            kind = dict(native.Batch._fields_)[name]
+            setattr(made, name, C.cast(array.ctypes.data, kind))
+        return made
