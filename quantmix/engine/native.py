@@ -85,18 +85,10 @@ class ContextParams(C.Structure):
 class Batch(C.Structure):
     """llama_batch."""
 
-    _fields_ = [
-        ("n_tokens", C.c_int32),
-        ("token", C.POINTER(C.c_int32)),
-        ("embd", C.POINTER(C.c_float)),
-        ("pos", C.POINTER(C.c_int32)),
-        ("n_seq_id", C.POINTER(C.c_int32)),
-        ("seq_id", C.POINTER(C.POINTER(C.c_int32))),
-        ("logits", C.POINTER(C.c_int8)),
-        ("all_pos_0", C.c_int32),
-        ("all_pos_1", C.c_int32),
-        ("all_seq_id", C.c_int32),
-    ]
+    _fields_ = _fields("""
+        i32: n_tokens; ptr: token embd pos n_seq_id seq_id logits;
+        i32: all_pos_0 all_pos_1 all_seq_id
+    """)
 
 
 class Tensor(C.Structure):

@@ -1,4 +1,6 @@
-"""Perplexity and KL divergence of a GGUF with the packaged engine, as llama-perplexity defines them.
+"""Perplexity and KL divergence of a GGUF, measured with the packaged engine.
+
+The definition is llama-perplexity's.
 
 Text → tokens (its last newline dropped) → chunks of n_ctx; per chunk the second half is scored:
 logits at positions n_ctx/2 … n_ctx−2 against the tokens that follow, 255 per chunk of 512

@@ -155,7 +155,7 @@ class Session:
         Raises:
             EngineError: the decode failed.
         """
-        n, n_ctx = chunks.shape
+        n = len(chunks)
         self._lib.llama_kv_cache_clear(self._ctx)
         batch = self._buffers.batch(chunks, first, last)
         status = self._lib.llama_decode(self._ctx, batch)
@@ -195,6 +195,5 @@ class _BatchBuffers:
             ("seq_id", self.seq_id),
             ("logits", self.output),
         ):
-            kind = dict(native.Batch._fields_)[name]
-            setattr(made, name, C.cast(array.ctypes.data, kind))
+            setattr(made, name, array.ctypes.data)
         return made
