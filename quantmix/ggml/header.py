@@ -13,21 +13,22 @@ padding to `general.alignment`; data.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from math import prod
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 from quantmix.errors import BadFile, UsageError
+from quantmix.ggml.bytesource import ByteSource, open_file
 from quantmix.ggml.types import GgmlType, by_id
 from quantmix.units import pad
 
 MAGIC: Final = b"GGUF"
 DEFAULT_ALIGNMENT: Final = 32
 # The largest real headers (262,144-word vocabularies with merges) are about 16 MB.
-MAX_HEADER_BYTES: Final = 96 << 20
+MAX_HEADER_BYTES: Final = 48 << 20
+MAX_STRING_BYTES: Final = 8 << 20  # chat templates are the longest strings, below 0.2 MB
 MAX_TENSORS: Final = 131_072
 MAX_KEYS: Final = 65_536
 MAX_STRINGS: Final = 4_000_000
@@ -35,6 +36,7 @@ MAX_NAME_BYTES: Final = 64  # ggml.h GGML_MAX_NAME; both engines refuse longer t
 MAX_DIMS: Final = 4  # ggml.h GGML_MAX_DIMS
 _MAX_KEY_BYTES: Final = 65_535  # docs/gguf.md
 _FIRST_READ: Final = 1 << 20
+_READ_AT_MOST: Final = 8 << 20
 
 STRING: Final = 8
 ARRAY: Final = 9
@@ -55,21 +57,6 @@ SCALARS: Final = {
 }
 _U32: Final = struct.Struct("<I")
 _U64: Final = struct.Struct("<Q")
-
-
-class ByteSource(Protocol):
-    """Where header bytes come from: a file, or a server. Reads ascend without gaps."""
-
-    @property
-    def name(self) -> str:
-        """For messages."""
-
-    @property
-    def size(self) -> int | None:
-        """Total bytes, None when nobody says."""
-
-    def read(self, offset: int, count: int) -> bytes:
-        """Return up to `count` bytes at `offset`; fewer only at the end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,43 +128,6 @@ class Header:
         """Return the decoded array at `key`, empty when it is absent or not an array."""
         value = self.metadata.get(key)
         return value.tolist() if isinstance(value, RawArray) else []
-
-
-@dataclass(frozen=True, slots=True)
-class FileSource:
-    """A local file as a ByteSource."""
-
-    path: Path
-    size: int
-
-    @property
-    def name(self) -> str:
-        """The path."""
-        return str(self.path)
-
-    def read(self, offset: int, count: int) -> bytes:
-        """Read by opening anew: headers take one or two reads."""
-        try:
-            with self.path.open("rb") as f:
-                f.seek(offset)
-                return f.read(count)
-        except OSError as err:
-            raise BadFile(f"{self.path} cannot be read: {err.strerror or err}") from err
-
-
-def open_file(path: str | Path) -> FileSource:
-    """Return the source of a local file.
-
-    Raises:
-        BadFile: there is no such regular file.
-    """
-    file = Path(path)
-    try:
-        if not file.is_file():
-            raise BadFile(f"{file} is not a file: give a GGUF file, a folder or a model name")
-        return FileSource(file, file.stat().st_size)
-    except (OSError, ValueError) as err:
-        raise BadFile(f"{file!s} cannot be opened: {err}") from err
 
 
 def read_header(path: str | Path) -> Header:
@@ -280,7 +230,11 @@ class _Reader:
             raise self.fail(f"the header would be larger than {MAX_HEADER_BYTES >> 20} MiB")
         target = min(max(end, 2 * len(self.buf), _FIRST_READ), MAX_HEADER_BYTES)
         target = min(target, size) if size is not None else target
-        self.buf += self.source.read(len(self.buf), target - len(self.buf))
+        while len(self.buf) < target:
+            at = len(self.buf)
+            self.buf += self.source.read(at, min(target - at, _READ_AT_MOST))
+            if len(self.buf) == at:
+                break
         if end > len(self.buf):
             raise self.fail(f"it ends too early ({end} bytes needed, {len(self.buf)} there)")
 
@@ -374,7 +328,7 @@ def _value(r: _Reader, kind: int) -> Any:
     if kind in SCALARS:
         return r.scalar(SCALARS[kind])
     if kind == STRING:
-        return r.string(MAX_HEADER_BYTES).decode("utf-8", "replace")
+        return r.string(MAX_STRING_BYTES).decode("utf-8", "replace")
     if kind == ARRAY:
         item, count = r.scalar("I"), r.scalar("Q")
         at = r.pos
@@ -456,7 +410,7 @@ def _size(r: _Reader, kind: GgmlType, shape: tuple[int, ...]) -> int:
 def _check_data(source: ByteSource, tensors: tuple[TensorInfo, ...], data_offset: int) -> None:
     """Require that tensor data neither overlaps nor leaves the file."""
     end, before = 0, ""
-    for t in sorted(tensors, key=_offset):
+    for t in sorted(tensors, key=lambda t: t.offset):
         if t.offset < end:
             raise BadFile(
                 f"{source.name}: tensor {t.name!r} at offset {t.offset} overlaps {before!r}, "
@@ -468,6 +422,3 @@ def _check_data(source: ByteSource, tensors: tuple[TensorInfo, ...], data_offset
             f"{source.name}: tensor {before!r} ends at byte {data_offset + end}, the file at "
             f"{source.size}: truncated, or the header lies"
         )
-
-
-_offset: Callable[[TensorInfo], int] = lambda t: t.offset  # noqa: E731
