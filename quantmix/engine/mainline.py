@@ -89,7 +89,10 @@ class DryRun:
 
 @dataclass(frozen=True, slots=True)
 class DeviceBuffers:
-    """Bytes on one device: weights, context (KV cache and recurrent state), compute buffer."""
+    """Bytes on one device: weights, context (KV cache and recurrent state), compute buffer.
+
+    The small buffer of logits that a context also holds on the host is in none of them.
+    """
 
     weights_bytes: int
     context_bytes: int
@@ -192,7 +195,12 @@ def measure_memory(
     used = engine or find_mainline("memory")
     if used.library is None:
         raise EngineError(f"{used.origin} has no library to ask")
-    request = {"do": "memory", "ghost": str(ghost), "context": context_fields(settings)}
+    request = {
+        "do": "memory",
+        "ghost": str(ghost),
+        "context": context_fields(settings),
+        "load_mtp": settings.mtp,
+    }
     answer = ask(used.library, request)
     devices: dict[str, list[int]] = {}
     for row in answer.document:

@@ -86,6 +86,7 @@ def _memory(lib: c.CDLL, request: dict[str, Any]) -> int:
     model_params.no_alloc = True
     model_params.n_gpu_layers = 0
     model_params.use_extra_bufts = False  # repacked copies would count in place of the tensors
+    model_params.load_mtp = bool(request["load_mtp"])  # older builds have no such field
     no_devices = (c.c_void_p * 1)(None)
     model_params.devices = c.addressof(no_devices)
     if hasattr(model_params, "load_mode"):
