@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Final, cast, get_args
 
 from quantmix.errors import UsageError
+from quantmix.ggml.shards import GgufSet, read_set
 from quantmix.models.arch import mla, tensors_of
 from quantmix.models.catalog import CatalogEntry, find
+from quantmix.models.from_gguf import model_from_gguf
 from quantmix.models.model import Layout, Model
 
 LAYOUTS: Final[tuple[str, ...]] = get_args(Layout)
@@ -16,14 +19,39 @@ def load_model(spec: str, *, layout: str | None = None) -> Model:
     """Return the model that `spec` names, with its tensors in file order.
 
     Args:
-        spec: a catalog id, alias or Hugging Face name.
-        layout: for MLA models of the catalog `split` (default), `legacy` or `ik`.
+        spec: a GGUF file (any shard finds the rest), a folder of GGUF shards, an http(s) URL
+            of a GGUF, or a name of the catalog.
+        layout: for MLA models that are not GGUF files: `split` (default), `legacy` or `ik`.
 
     Raises:
         UnknownName: nobody knows `spec`; the nearest names are suggested.
+        BadFile: a file, folder or URL that cannot be read as a model.
         UsageError: the layout does not fit the model.
     """
+    if spec.lower().startswith(("http://", "https://")):
+        from quantmix.models.remote import read_url
+
+        return _as_stored(read_url(spec), spec, layout)
+    path = Path(spec).expanduser() if spec and "\0" not in spec else None
+    if path is not None and (path.exists() or _is_path(spec)):
+        return _as_stored(read_set(path), str(path), layout)
     return from_catalog(find(spec), layout)
+
+
+def _is_path(spec: str) -> bool:
+    """Whether it is written as a path, though nothing may be there."""
+    return spec.lower().endswith(".gguf") or spec.startswith((".", "/", "~"))
+
+
+def _as_stored(found: GgufSet, source: str, layout: str | None) -> Model:
+    """Build the model of GGUF headers; its layout is what it is."""
+    model = model_from_gguf(found, source)
+    if layout not in (None, model.layout):
+        raise UsageError(
+            f"layout {layout!r} was asked for, but {source} is stored as {model.layout!r}: "
+            "leave --layout out for a GGUF file"
+        )
+    return model
 
 
 def from_catalog(entry: CatalogEntry, layout: str | None = None) -> Model:
@@ -32,7 +60,7 @@ def from_catalog(entry: CatalogEntry, layout: str | None = None) -> Model:
     Raises:
         UsageError: the layout does not fit the model.
     """
-    chosen = _layout_for(entry.arch, entry.id, layout)
+    chosen = layout_for(entry.arch, entry.id, layout)
     return Model(
         id=entry.id,
         arch=entry.arch,
@@ -45,8 +73,12 @@ def from_catalog(entry: CatalogEntry, layout: str | None = None) -> Model:
     )
 
 
-def _layout_for(arch: str, name: str, layout: str | None) -> Layout:
-    """Return the layout asked for, or the default of the architecture."""
+def layout_for(arch: str, name: str, layout: str | None) -> Layout:
+    """Return the layout asked for, or the default of the architecture.
+
+    Raises:
+        UsageError: the layout does not fit the architecture.
+    """
     if arch not in mla.ARCHS:
         if layout not in (None, "plain"):
             raise UsageError(f"layout {layout!r} is for MLA models only: {name} is {arch}")
