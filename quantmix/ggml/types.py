@@ -143,8 +143,11 @@ def get(name: str, engine: Engine = "ik") -> GgmlType:
     known = table(engine)
     if name not in known:
         other: Engine = "mainline" if engine == "ik" else "ik"
-        hint = f"{name} is a type of {other} only" if name in table(other) else ""
-        raise UnknownName.of(f"type for {engine}", name, known, hint or "see `quantmix types`")
+        if name in table(other):
+            raise UnknownName(
+                f"{name} is a type of {other} only: see `quantmix types` for {engine}'s"
+            )
+        raise UnknownName.of(f"type for {engine}", name, known, "see `quantmix types`")
     return known[name]
 
 
