@@ -6,17 +6,18 @@ import functools
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from quantmix.errors import QuantmixError
+from quantmix.errors import QuantmixError, UnknownName
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 F = TypeVar("F", bound=Callable[..., Any])
+Choice = TypeVar("Choice", bound=str)
 
 JsonFlag = Annotated[
     bool, typer.Option("--json", help="Print exactly one JSON document on stdout.")
@@ -41,6 +42,18 @@ def answer_errors(command: F) -> F:
             os._exit(0)
 
     return wrapper  # type: ignore[return-value]
+
+
+def one_of(kind: str, value: str, choices: Sequence[Choice]) -> Choice:
+    """Return the choice that `value` spells.
+
+    Raises:
+        UnknownName: it is none of them.
+    """
+    for choice in choices:
+        if value == choice:
+            return choice
+    raise UnknownName.of(kind, value, choices, "one of " + ", ".join(choices))
 
 
 def print_json(doc: Any) -> None:

@@ -9,9 +9,11 @@ against the generated lists; for MLA models they describe the `split` layout.
 from __future__ import annotations
 
 import csv
-from dataclasses import dataclass, fields
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
 from functools import cache
 from importlib.resources import files
+from typing import Any
 
 from quantmix.errors import UnknownName
 from quantmix.models.model import HParams
@@ -36,6 +38,10 @@ class CatalogEntry:
     verified_by: str
     source: str
     notes: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the row as plain JSON values."""
+        return asdict(self) | {"aliases": list(self.aliases)}
 
 
 @cache
@@ -65,6 +71,20 @@ def find(name: str) -> CatalogEntry:
         some = ", ".join(starts[:6]) + (", …" if len(starts) > 6 else "")
         raise UnknownName(f"model {name!r} may be {some}: name one of them")
     raise UnknownName.of("model", wanted or name, names, "see `quantmix models`")
+
+
+def search(words: Iterable[str]) -> list[CatalogEntry]:
+    """Return the entries of which one name or the architecture contains each of `words`."""
+    wanted = [_normal(w) for w in words]
+    return [
+        e
+        for e in catalog().values()
+        if all(any(w in n for n in (*_all_names(e), e.arch)) for w in wanted)
+    ]
+
+
+def _all_names(entry: CatalogEntry) -> tuple[str, ...]:
+    return tuple(map(_normal, (entry.id, *entry.aliases, entry.hf_repo)))
 
 
 @cache
