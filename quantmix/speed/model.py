@@ -1,0 +1,298 @@
+"""Speed of a plan: additive seconds for the search, tokens per second with a band for the summary.
+
+The formula is `roofline`'s with every tensor on its own: bytes read per token over what the device
+reaches, and on a CPU no faster than its type decodes. What does not depend on types (launches,
+barriers, KV cache) is `fixed_seconds`. Constants: `constants.csv`, fitted on published logs by
+`python -m quantmix.speed.fit --logs FILE`; the band is the 90 % quantile of the error of machines
+left out of the fit (narrower once `scale` carries one measured row of the machine at hand).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import exp
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quantmix.emit.simulate import planned
+from quantmix.errors import UsageError
+from quantmix.ggml.types import GgmlType
+from quantmix.ggml.types import get as get_type
+from quantmix.memory import kv
+from quantmix.memory.model import HOST, Placement
+from quantmix.memory.settings import Settings
+from quantmix.models.model import Model, Tensor
+from quantmix.recipe import Speed
+from quantmix.rig.cards import cards
+from quantmix.rig.device import Device, Rig
+from quantmix.speed.constants import class_of, constants
+from quantmix.speed.roofline import (
+    Kind,
+    Load,
+    Reader,
+    efficiency,
+    prompt_seconds,
+    slow_family,
+    upload_from,
+)
+
+FloatArray = NDArray[np.float64]
+
+# For devices whose bandwidth is not known: they rank options, no speed is printed from them.
+ASSUMED_GPU_GBS: Final = 900.0
+ASSUMED_RAM_GBS: Final = 100.0
+ASSUMED_CORES: Final = 16
+_PCIE_GBS: Final = 12.0  # a type without a CUDA kernel is fetched over the bus for every token
+
+
+def cell_seconds(model: Model, types: Sequence[GgmlType], rig: Rig) -> FloatArray:
+    """Return seconds per token, shape (devices, tensors, types): GPUs in order, then the host.
+
+    Additive: a plan's seconds are the sum over its tensors plus `fixed_seconds`. Devices of
+    unknown bandwidth count with a typical one.
+    """
+    return np.stack([device_seconds(model, types, device, rig) for device in rig.devices])
+
+
+def device_seconds(model: Model, types: Sequence[GgmlType], device: Device, rig: Rig) -> FloatArray:
+    """Return seconds per token of each tensor at each type on one device, (tensors, types)."""
+    params = np.array([_read_params(model, t) for t in model.tensors])
+    bits = np.array([t.bpw for t in types])
+    n_bytes = params[:, None] * bits[None, :] / 8
+    if device.kind == "gpu":
+        rates = np.array([_gpu_rate(device, t) for t in types])
+        return np.asarray(n_bytes / rates[None, :])
+    read = n_bytes / _host_rate(device)
+    decode = np.array([_decode_seconds(t, rig) for t in types])
+    return np.asarray(np.maximum(read, params[:, None] * decode[None, :]))
+
+
+def fixed_seconds(
+    model: Model, settings: Settings, rig: Rig, placement: Placement, *, n_kv: int = 0
+) -> float:
+    """Seconds per token that types do not change: launches, barriers, and the KV cache at `n_kv`.
+
+    Types of tensors matter only to weights, so this is a constant for one placement.
+    """
+    known = constants()
+    homes = placement.layer_device[: model.hparams.n_layer]
+    with_experts = {t.layer for t in model.tensors if t.role.endswith("_exps") and t.loaded}
+    on_gpu = [i for i, d in enumerate(homes) if d != HOST]
+    waiting = [i for i in on_gpu if i in placement.cpu_experts and i in with_experts]
+    seconds = 1e-3 * (
+        len(on_gpu) * known["og_ms", model_kind(model)]
+        + (len(homes) - len(on_gpu)) * known["oc_ms", "layer"]
+        + len(waiting) * known["oh_ms", "layer"]
+    )
+    return seconds + (_cache_seconds(model, settings, rig, homes, n_kv) if n_kv else 0.0)
+
+
+def predict(
+    model: Model,
+    settings: Settings,
+    rig: Rig,
+    placement: Placement,
+    mix: Sequence[GgmlType | None],
+    *,
+    n_kv: int = 0,
+    scale: float | None = None,
+) -> Speed:
+    """Return tokens per second of a plan with its 90 % band.
+
+    Args:
+        mix: one type per tensor of the model, None where it stays as in the source.
+        n_kv: tokens already in the cache.
+        scale: measured / predicted on this machine (`calibration`); narrows the band.
+
+    A device of unknown bandwidth that holds weights gives an empty Speed.
+    """
+    where = planned(model, placement, rig, mtp=settings.mtp)
+    used = {where[t.name] for t in model.tensors if t.name in where and _read_params(model, t)}
+    if any(d.bandwidth_gbs is None for d in rig.devices if d.name in used) or not used:
+        return Speed()
+    seconds = plan_seconds(model, settings, rig, placement, mix, n_kv=n_kv)
+    tps = (scale or 1.0) / seconds
+    band = exp(constants()["band_ln", "calibrated" if scale else "plain"])
+    return Speed(
+        tg_tps=tps,
+        tg_low=tps / band,
+        tg_high=tps * band,
+        pp_tps=_prompt_tps(model, settings, rig, placement, mix),
+    )
+
+
+def plan_seconds(
+    model: Model,
+    settings: Settings,
+    rig: Rig,
+    placement: Placement,
+    mix: Sequence[GgmlType | None],
+    *,
+    n_kv: int = 0,
+) -> float:
+    """Seconds per token of a plan, unknown bandwidths assumed; see `predict` for the arguments."""
+    where = planned(model, placement, rig, mtp=settings.mtp)
+    devices = {d.name: d for d in rig.devices}
+    head = rig.devices[placement.output_device] if placement.output_device != HOST else rig.host
+    seconds = fixed_seconds(model, settings, rig, placement, n_kv=n_kv)
+    for t, chosen in zip(model.tensors, mix, strict=True):
+        params = _read_params(model, t)
+        if t.name not in where or not params:
+            continue
+        device = head if t.role == "token_embd" else devices[where[t.name]]
+        qtype = chosen or get_type(t.source_type, settings.engine)
+        n_bytes = params * qtype.bpw / 8
+        if device.kind == "gpu":
+            seconds += n_bytes / _gpu_rate(device, qtype)
+        else:
+            seconds += max(n_bytes / _host_rate(device), params * _decode_seconds(qtype, rig))
+    return seconds
+
+
+def calibration(measured_tps: float, predicted: Speed) -> float:
+    """Return the `scale` that makes a prediction equal one measured row of the same plan.
+
+    Raises:
+        UsageError: nothing was predicted, or nothing sensible measured.
+    """
+    if not predicted.tg_tps or measured_tps <= 0:
+        raise UsageError(
+            "cannot calibrate: give a speed above zero for a rig whose cards and CPU are known"
+        )
+    return measured_tps / predicted.tg_tps
+
+
+def model_kind(model: Model) -> Kind:
+    """Kind of model in the terms of the fit."""
+    h = model.hparams
+    return "dense" if not h.is_moe else "mla" if h.is_mla else "moe"
+
+
+def _read_params(model: Model, t: Tensor) -> float:
+    """Weights read per token: the active share; kv_b is resident but idle; a tied head is read."""
+    if not t.loaded or (t.role == "attn_kv_b" and model.layout in ("ik", "split")):
+        return 0.0
+    if t.role == "token_embd":
+        return 0.0 if "output.weight" in model.by_name else float(t.n_elements)
+    return t.n_elements * t.active_fraction
+
+
+def _gpu_rate(device: Device, qtype: GgmlType) -> float:
+    """Bytes per second of weights of one type on a GPU."""
+    if not qtype.cuda:
+        return _PCIE_GBS * 1e9
+    family = slow_family(qtype)
+    slow = constants()["slow", family] if family else 1.0
+    reader = _reader(device, ASSUMED_GPU_GBS)
+    return reader.bandwidth_gbs * 1e9 * efficiency(constants(), reader, "eta_gpu") / slow
+
+
+def _host_rate(device: Device) -> float:
+    reader = _reader(device, ASSUMED_RAM_GBS)
+    return reader.bandwidth_gbs * 1e9 * efficiency(constants(), reader, "eta_cpu")
+
+
+def _decode_seconds(qtype: GgmlType, rig: Rig) -> float:
+    """Seconds per weight that decoding takes on this CPU; 0 where bandwidth always limits."""
+    if not qtype.cpu_gparams:
+        return 0.0
+    kappa = constants()["kappa", _isa(rig)]
+    return 1 / (qtype.cpu_gparams * 1e9 * kappa * (rig.cpu_cores or ASSUMED_CORES))
+
+
+def _reader(device: Device, assumed_gbs: float) -> Reader:
+    what = "gpu" if device.kind == "gpu" else "cpu"
+    card = cards().get(device.card)
+    text = (card.arch if card else "") if what == "gpu" else device.card
+    return Reader(
+        weights_bytes=0.0,
+        kv_bytes=0.0,
+        bandwidth_gbs=device.bandwidth_gbs or assumed_gbs,
+        device_class=class_of(what, text) if text else "",
+        efficiency=device.efficiency,
+        int8_tops=device.int8_tops,
+    )
+
+
+def _isa(rig: Rig) -> str:
+    text = rig.cpu_class or rig.host.card
+    return class_of("isa", text) if text else "zen4"
+
+
+def _cache_seconds(
+    model: Model, settings: Settings, rig: Rig, homes: Sequence[int], n_kv: int
+) -> float:
+    """Seconds to read the KV cache of `n_kv` tokens once."""
+    known = constants()
+    latent = "mla" if model.hparams.is_mla else "gqa"
+    share = min(1.0, n_kv / kv.n_cells(settings))
+    seconds = 0.0
+    for n_bytes, home in zip(kv.kv_bytes(model, settings), homes, strict=False):
+        if home == HOST or settings.nkvo:
+            rate = _reader(rig.host, ASSUMED_RAM_GBS).bandwidth_gbs * known["eta_kv_cpu", latent]
+        else:
+            gpu = _reader(rig.gpus[home], ASSUMED_GPU_GBS)
+            rate = gpu.bandwidth_gbs * known["eta_kv_gpu", latent]
+        seconds += n_bytes * share / (rate * 1e9)
+    return seconds
+
+
+def _prompt_tps(
+    model: Model,
+    settings: Settings,
+    rig: Rig,
+    placement: Placement,
+    mix: Sequence[GgmlType | None],
+) -> float | None:
+    """Rough prompt speed at the design's ubatch (within a factor of two in 9 of 10 logs)."""
+    h = model.hparams
+    where = planned(model, placement, rig, mtp=settings.mtp)
+    on_gpu = dict.fromkeys((g.name for g in rig.gpus), 0.0)
+    on_cpu = experts = 0.0
+    uploads = True
+    for t, chosen in zip(model.tensors, mix, strict=True):
+        params = _read_params(model, t)
+        if not params or t.name not in where:
+            continue
+        if where[t.name] in on_gpu:
+            on_gpu[where[t.name]] += params
+            continue
+        on_cpu += params
+        if t.role.endswith("_exps"):
+            qtype = chosen or get_type(t.source_type, settings.engine)
+            uploads = uploads and qtype.cuda
+            experts += t.n_elements * qtype.bpw / 8
+    readers = tuple(
+        Reader(
+            on_gpu[g.name],
+            0.0,
+            g.bandwidth_gbs or ASSUMED_GPU_GBS,
+            _reader(g, ASSUMED_GPU_GBS).device_class,
+            int8_tops=g.int8_tops,
+        )
+        for g in rig.gpus
+        if on_gpu[g.name]
+    )
+    load = Load(
+        kind=model_kind(model),
+        gpus=readers,
+        cpu=None,
+        gpu_layers=0,
+        cpu_layers=0,
+        cpu_expert_layers=0,
+        decode_gparams=0.0,
+        cores=rig.cpu_cores or ASSUMED_CORES,
+        isa=_isa(rig),
+        active_params=on_cpu + sum(on_gpu.values()),
+        cpu_params=on_cpu,
+        ram_expert_bytes=experts,
+        experts=h.n_expert,
+        experts_used=h.n_expert_used,
+    )
+    start = upload_from(settings.engine, settings.build, h.n_expert, h.n_expert_used)
+    seconds = prompt_seconds(
+        load, settings.ubatch, constants(), uploads_from=start if uploads else None
+    )
+    return settings.ubatch / seconds if seconds else None
