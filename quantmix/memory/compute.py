@@ -6,16 +6,18 @@ cases). With ub = ubatch, n = context cells, E = n_embd, V = n_vocab, H = heads,
 O = H·head_dim_v, X = experts used · E, F = experts used · n_ff_exp, u = 4·ub bytes (one float per
 token), m16 = 2·n·ub (the f16 mask), m32 = 4·n·ub, S = bytes of one expert tensor in RAM:
 
-    out       u·(V + 2E)                                      device with the output matrix
+    out       u·(V + E)                                       device with the output matrix
     attn      m16 + u·(2E + 2Q) [+ u·X]                       flash attention, no MLA; X on the
                                                               first GPU, experts in RAM
     attn      4·n·H·ub + m32 + u·(2E + 2Q)                    no flash attention
     mla       1.625·chunk + m16 + u·(Q + O + 3E)              `-mla 2/3 -fa`, ik since 2026-01-31
     mla       2·n·H·(dk+dv) + chunk + …                       the same before
     mla       m16 + u·(H·(R+r) + H·R + Q + 2E)                `-mla 1 -fa`, and ub < 128
-    moe       m16 + u·(X + 2F + 2E)                           device with expert weights
-    copy      max(2S + m16 + u·(F+3E), S + m16 + u·(F+2X+3E)) first GPU, experts in RAM and ub at or
-                                                              above the op-offload threshold
+    moe       m16 + u·(X + 2F)                                device with expert weights (ik before
+                                                              2025-10-13: u·(X + F + E))
+    copy_pair 2S + m16 + u·(F + 3E)                           first GPU, experts in RAM and ub at or
+    copy_one  S + m16 + u·(F + 2X + 3E)                       above the op-offload threshold (ik
+                                                              copies gate and up as a pair)
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ IK_COPY_THRESHOLD: Final = "2025-05-12"  # PR 405: 32·experts/used instead of 3
 IK_MLA_IN_GROUPS: Final = "2026-01-31"  # PR 1211: K and V of all heads no longer held
 _MIN_MLA_PREFILL_UBATCH: Final = 128
 _COPY_MIN_BATCH: Final = 32
+_SOFTCAPPED: Final = frozenset(("gemma2", "gemma4", "grok"))  # a second copy of the logits lives
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +49,7 @@ class DeviceRole:
         output: holds the output matrix. cpu_experts: some routed experts lie in RAM.
         host: is the host (RAM), computing with the CPU.
         copies: copies of the graph inputs kept for pipeline parallelism (masks count that often).
+        fused: up and gate of the experts run as one operation (always in today's ik).
     """
 
     first: bool
@@ -55,6 +59,7 @@ class DeviceRole:
     cpu_experts: bool = False
     host: bool = False
     copies: int = 1
+    fused: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,16 +96,20 @@ def regimes(model: Model, settings: Settings, role: DeviceRole) -> tuple[Regime,
     h, z = model.hparams, _sizes(model, settings, role.copies)
     found: list[Regime] = []
     if role.output:
-        found.append(Regime("out", z.u * (z.vocab + 2 * z.embd)))
+        logits = 2 if model.arch in _SOFTCAPPED else 1
+        inputs = role.copies * (z.m16 // role.copies + z.u * z.embd) if role.copies > 1 else 0
+        found.append(Regime("out", z.u * (logits * z.vocab + z.embd) + inputs))
     if role.layers:
         found.append(_attention(h, settings, z, role))
     if role.experts and h.is_moe:
-        found.append(Regime("moe", z.m16 + z.u * (z.x + 2 * z.f + 2 * z.embd)))
+        old = settings.engine == "ik" and settings.build < IK_F16_MASK
+        live = z.u * (z.x + z.f + z.embd) if old else z.m16 + z.u * (z.x + 2 * z.f)
+        found.append(Regime("moe", live))
     if role.first and not role.host and role.cpu_experts and copies_experts(model, settings):
         one = z.m16 + z.u * (z.f + 2 * z.x + 3 * z.embd)
-        if settings.engine == "ik":
-            found.append(Regime("copy", z.m16 + z.u * (z.f + 3 * z.embd), 2.0))
-        found.append(Regime("copy", one, 1.0))
+        if settings.engine == "ik" and role.fused:
+            found.append(Regime("copy_pair", z.m16 + z.u * (z.f + 3 * z.embd), 2.0))
+        found.append(Regime("copy_one", one, 1.0))
     if role.host:
         found.extend(_host(z, settings, role))
     return tuple(found)

@@ -28,9 +28,10 @@ CTX_PAD: Final = 256
 _STATE_BYTES: Final = 4  # recurrent state is f32 in both engines
 
 IK_SKIPS_IDLE_MTP: Final = "2025-10-20"  # ik_llama.cpp PR 843
+IK_INDEXER: Final = "2026-06-27"  # PR 2045; needs `--dsa` to be used, counted as an upper bound
 MAINLINE_MLA: Final = "2025-04-15"  # llama.cpp PR 12801
 MAINLINE_MLA_WITHOUT_V: Final = "2026-01-25"  # llama.cpp PR 19067
-MAINLINE_INDEXER_TYPE: Final = "2026-08-15"  # llama.cpp PR 26474
+MAINLINE_FULL_INDEXERS_ONLY: Final = "2026-08-15"  # llama.cpp PR 26474, opened 2026-08-02
 
 
 def kv_bytes(model: Model, settings: Settings) -> tuple[int, ...]:
@@ -138,7 +139,8 @@ def _attention(model: Model, settings: Settings, *, swa: bool, layer: int) -> in
         heads = h.n_head if h.is_mla else h.n_head_kv
         per_cell = _gqa_cell(settings, heads, h.head_dim_k, h.head_dim_v)
     cells = _swa_cells(h, settings) if swa else n_cells(settings)
-    extra = n_cells(settings) * _indexer_cell(h, settings) if layer in indexer_layers(h) else 0
+    indexed = layer in _indexed_blocks(h, settings)
+    extra = n_cells(settings) * _indexer_cell(h, settings) if indexed else 0
     return cells * per_cell + extra
 
 
@@ -188,10 +190,20 @@ def _swa_cells(h: HParams, settings: Settings) -> int:
     return slots * window
 
 
+def _indexed_blocks(h: HParams, settings: Settings) -> frozenset[int]:
+    """Blocks that get an indexer cache; older mainline gave one to every block of such models."""
+    if settings.engine == "ik" and settings.build < IK_INDEXER:
+        return frozenset()
+    found = indexer_layers(h)
+    if found and settings.engine == "mainline" and settings.build < MAINLINE_FULL_INDEXERS_ONLY:
+        return frozenset(range(h.n_layer + h.nextn_layers))
+    return found
+
+
 def _indexer_cell(h: HParams, settings: Settings) -> int:
-    """Bytes per cell of the DSA indexer's keys: f16 in ik (`-ictk`), ctk in newer mainline."""
-    follows = settings.engine == "mainline" and settings.build >= MAINLINE_INDEXER_TYPE
-    return _row(settings, settings.ctk if follows else "f16", h.indexer_head_dim)
+    """Bytes per cell of the DSA indexer's keys: f16 in ik (`-ictk`), ctk in mainline."""
+    kind = settings.ctk if settings.engine == "mainline" else "f16"
+    return _row(settings, kind, h.indexer_head_dim)
 
 
 def _mtp_cached(settings: Settings) -> bool:

@@ -2,7 +2,7 @@
 
     bound = factor · estimate + add        per regime, from `margins.csv`
 
-Refit with `python -m quantmix.memory.fit --logs FILE`.
+Refit with `python -m quantmix.memory.fit`, from the shipped logs or `--logs FILE`.
 """
 
 from __future__ import annotations

@@ -125,6 +125,27 @@ def rig_names() -> tuple[str, ...]:
     return tuple(sorted(p.stem for p in folder.glob("*.toml"))) if folder.is_dir() else ()
 
 
+def describe_rigs() -> list[dict[str, Any]]:
+    """Return the shipped rigs as plain values for lists and JSON."""
+    found = []
+    for name in rig_names():
+        file = load_rig_file(name)
+        found.append(
+            {
+                "name": name,
+                "gpus": file.gpus,
+                "vram_bytes": sum(g.capacity_bytes or 0 for g in file.rig.gpus),
+                "ram": file.ram,
+                "ram_bytes": file.rig.host.capacity_bytes,
+                "cpu": file.cpu,
+                "cpu_cores": file.rig.cpu_cores,
+                "source": file.source,
+                "note": file.note,
+            }
+        )
+    return found
+
+
 @cache
 def targets_dir() -> Path:
     """Return the folder of shipped rigs: inside the wheel, or at the root of a checkout."""

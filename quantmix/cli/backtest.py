@@ -1,0 +1,110 @@
+"""`quantmix backtest`: how good the predictions are, on what was measured and published."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from quantmix.cli.common import JsonFlag, QuietFlag, answer_errors, console, print_json
+
+
+class Kind(StrEnum):
+    """What to look back at."""
+
+    quality = "quality"
+    memory = "memory"
+    speed = "speed"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to `app`."""
+    app.command(
+        "backtest",
+        help="How good predictions of quality, memory or speed are, on published measurements.",
+        epilog="Example: quantmix backtest memory --json > memory.json",
+    )(backtest)
+
+
+@answer_errors
+def backtest(
+    kind: Annotated[Kind, typer.Argument(help="Which predictions.")] = Kind.quality,
+    measurements: Annotated[
+        Path | None, typer.Option("--measurements", help="quality: CSV of measured perplexities.")
+    ] = None,
+    recipes: Annotated[
+        Path | None, typer.Option("--recipes", help="quality: folder of recipes with PPL in names.")
+    ] = None,
+    logs: Annotated[
+        Path | None,
+        typer.Option("--logs", help="memory, speed: CSV of engine logs (default: those shipped)."),
+    ] = None,
+    as_json: JsonFlag = False,
+    quiet: QuietFlag = False,
+) -> None:
+    """Print bands of error and everything that could not be judged."""
+    given = {"measurements": measurements, "recipes": recipes, "logs": logs}
+    doc = _run(kind, {name: path for name, path in given.items() if path is not None})
+    if as_json:
+        print_json(doc)
+    _print(doc, kind, quiet)
+
+
+def _run(kind: Kind, given: dict[str, Path]) -> dict[str, Any]:
+    """Call the backtest of that kind.
+
+    Raises:
+        UsageError: an option that this kind does not take, or one that it needs.
+    """
+    import importlib
+    import inspect
+
+    from quantmix.errors import UsageError
+
+    package = {"quality": "loss", "memory": "memory", "speed": "speed"}[kind.value]
+    run = importlib.import_module(f"quantmix.{package}.backtest").run
+    takes = inspect.signature(run).parameters
+    for name in given:
+        if name not in takes:
+            raise UsageError(f"backtest {kind.value} takes no --{name}")
+    for name, parameter in takes.items():
+        if parameter.default is parameter.empty and name not in given:
+            raise UsageError(f"backtest {kind.value} needs --{name} FILE")
+    doc: dict[str, Any] = run(**given)
+    return doc
+
+
+def _print(doc: dict[str, Any], kind: Kind, quiet: bool) -> None:
+    """Bands, regimes and the reasons of what was not judged, for people."""
+    from collections import Counter
+
+    from rich.table import Table
+
+    out = console(quiet)
+    out.print(_table(doc["bands"], Table(title=f"backtest {kind.value}: {doc['n']} figures")))
+    regimes = doc.get("controls", {}).get("regimes")
+    if regimes:
+        out.print(_table(regimes, Table(title="compute, by what decides the buffer")))
+    wrong = [r for r in doc["rows"] if r.get("ok") is False]
+    for row in wrong:
+        out.print(f"off: {row['id']}: predicted {row['predicted']}, measured {row['measured']}")
+    for why, n in Counter(s["why"] for s in doc["skipped"]).most_common():
+        out.print(f"not judged: {n} x {why}", markup=False)
+
+
+def _table(rows: list[dict[str, Any]], table: Any) -> Any:
+    """A rich table with one column per key that any row has."""
+    names = list(dict.fromkeys(key for row in rows for key in row))
+    for name in names:
+        table.add_column(name, justify="left" if name in ("band", "regime") else "right")
+    for row in rows:
+        table.add_row(*(_cell(row.get(name)) for name in names))
+    return table
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
