@@ -17,7 +17,10 @@ _BISECTIONS = 200
 
 def priced_cost(cost: FloatArray, use: FloatArray, prices: FloatArray) -> FloatArray:
     """Return cost + Σ_p λ_p use_p, shape (G, J); padding stays +inf."""
-    priced: FloatArray = cost + np.tensordot(prices, use, axes=1)
+    priced = cost.copy()
+    for price, pool in zip(prices, use, strict=True):
+        if price:
+            priced += price * pool
     return priced
 
 

@@ -2,16 +2,23 @@
 
 1. Prices and a lower bound from the dual (`bound.py`), milliseconds.
 2. A feasible choice: the dual's own, then every upgrade that still fits, best first.
-3. Reduced-cost fixing: an option whose reduced cost exceeds (choice - bound) cannot be in a better
-   answer (Dantzig; Pisinger's core). What stays, a few options of some groups, goes to HiGHS.
-4. Upgrades again, so that no single one that lowers the cost still fits.
+3. Pool by pool, dynamic programming over the undecided groups (`core.py`).
+4. If the gap is still too wide: reduced-cost fixing. An option whose reduced cost exceeds
+   (choice - bound) cannot be in a better answer (Dantzig; Pisinger's core). What stays, a few
+   options of some groups, goes to HiGHS.
+5. Upgrades again, so that no single one that lowers the cost still fits.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from quantmix.solve.bound import (
     cheapest,
@@ -21,7 +28,11 @@ from quantmix.solve.bound import (
     prices_one_pool,
     usage,
 )
+from quantmix.solve.core import improve_pool
 from quantmix.solve.problem import FloatArray, IntArray, Problem, Solution
+
+_STATES = (300, 2000)
+"""States kept by the dynamic programme in its passes: a quick one, then a thorough one."""
 
 _CORE_LIMIT = 6000
 """Most 0/1 variables handed to HiGHS; beyond it the core keeps those of least reduced cost."""
@@ -31,9 +42,9 @@ _CORE_LIMIT = 6000
 class Limits:
     """When to stop: relative gap, nodes and seconds of the exact step."""
 
-    gap: float = 1e-5
-    nodes: int = 2000
-    seconds: float = 10.0
+    gap: float = 8e-5
+    nodes: int = 1000
+    seconds: float = 3.0
 
 
 def solve(problem: Problem, limits: Limits | None = None) -> Solution:
@@ -71,30 +82,95 @@ def solve(problem: Problem, limits: Limits | None = None) -> Solution:
     )
 
 
+@dataclass(frozen=True)
+class Relaxed:
+    """The LP relaxation at the first level: its objective and x, shape (G, J)."""
+
+    objective: float
+    x: FloatArray
+
+
+def relax(problem: Problem) -> Relaxed | None:
+    """Return the LP relaxation of a problem at its first level, or None when it is infeasible."""
+    z, capacity = problem.levels[0], problem.capacities[0]
+    cost = np.where(problem.level <= z, problem.cost, np.inf)
+    if not np.isfinite(cost).any(axis=1).all():
+        return None
+    lp = prices_by_lp(cost, problem.use, capacity)
+    if lp is None:
+        return None
+    x = lp[1]
+    return Relaxed(float((np.where(np.isfinite(cost), cost, 0.0) * x).sum()), x)
+
+
 def _solve_level(
     cost: FloatArray, use: FloatArray, capacity: FloatArray, limits: Limits, level: int
 ) -> Solution:
     """Solve for one value of z."""
     if not np.isfinite(cost).any(axis=1).all():
         return _infeasible(cost, use, capacity, level)
+    limited = np.isfinite(capacity)
+    if limited.any() and not limited.all():
+        part = _solve_level(cost, use[limited], capacity[limited], limits, level)
+        return _with_free_pools(part, use, limited)
     start = _dual(cost, use, capacity)
     if start is None:
         return _infeasible(cost, use, capacity, level)
     prices, choice = start
     bound = lagrangian(cost, use, capacity, prices)
     if choice is None:
-        choice = _exact(cost, use, capacity, prices, bound, None, limits)
+        choice, _ = _exact(cost, use, capacity, prices, bound, None, limits)
         if choice is None:
             return _infeasible(cost, use, capacity, level)
     choice = fill(cost, use, capacity, choice, prices)
+    enough = limits.gap * max(bound, 0.0)
+    choice = _by_pools(cost, use, capacity, choice, prices, bound, enough)
     objective = _total(cost, choice)
     if objective - bound > limits.gap * abs(objective):
-        better = _exact(cost, use, capacity, prices, bound, choice, limits)
+        better, proven = _exact(cost, use, capacity, prices, bound, choice, limits)
+        bound = max(bound, min(proven, objective))
         if better is not None:
             better = fill(cost, use, capacity, better, prices)
             if _total(cost, better) < objective:
                 choice, objective = better, _total(cost, better)
     return Solution("feasible", choice, objective, bound, prices, usage(use, choice), level)
+
+
+def _by_pools(
+    cost: FloatArray,
+    use: FloatArray,
+    capacity: FloatArray,
+    choice: IntArray,
+    prices: FloatArray,
+    bound: float,
+    enough: float,
+) -> IntArray:
+    """Improve the choice inside one pool after another, until the gap is small or nothing helps."""
+    rows = np.arange(len(choice))
+    for most_states in _STATES:
+        for p in range(len(capacity)):
+            if _total(cost, choice) - bound <= enough:
+                return choice
+            others = np.delete(np.arange(len(capacity)), p)
+            here = use[others]
+            same = (here <= here[:, rows, choice][:, :, None]).all(axis=0)
+            left = float(capacity[p] - usage(use, choice)[p])
+            better = improve_pool(
+                np.where(same, cost, np.inf), use[p], left, choice, float(prices[p]), most_states
+            )
+            choice = fill(cost, use, capacity, better, prices)
+    return choice
+
+
+def _with_free_pools(part: Solution, use: FloatArray, limited: NDArray[np.bool_]) -> Solution:
+    """Give a solution of the limited pools entries for the others: price 0, no shortfall."""
+    prices = np.zeros(len(limited))
+    prices[limited] = part.prices
+    shortfall = np.zeros(len(limited))
+    if part.status == "infeasible":
+        shortfall[limited] = part.shortfall
+        return replace(part, prices=prices, used=np.zeros(len(limited)), shortfall=shortfall)
+    return replace(part, prices=prices, used=usage(use, part.choice))
 
 
 def _dual(
@@ -184,18 +260,16 @@ def fill(
     choice = choice.copy()
     rows = np.arange(len(choice))
     left = capacity - usage(use, choice)
+    priced = priced_cost(cost, use, prices)
     while True:
-        now_cost = cost[rows, choice][:, None]
-        extra = use - use[:, rows, choice][:, :, None]
-        gain = now_cost - cost
-        fits = (extra <= left[:, None, None]).all(axis=0) & (gain > 0)
+        fits = cost < cost[rows, choice][:, None]
+        for p in range(len(capacity)):
+            fits &= use[p] <= (use[p, rows, choice] + left[p])[:, None]
         if not fits.any():
             return choice
-        worth = np.where(fits, gain - np.tensordot(prices, extra, axes=1), -np.inf)
-        if not np.isfinite(worth.max()):
-            return choice
+        worth = np.where(fits, priced[rows, choice][:, None] - priced, -np.inf)
         g, j = np.unravel_index(int(worth.argmax()), worth.shape)
-        left = left - extra[:, g, j]
+        left = left - (use[:, g, j] - use[:, g, choice[g]])
         choice[g] = j
 
 
@@ -207,8 +281,12 @@ def _exact(
     bound: float,
     incumbent: IntArray | None,
     limits: Limits,
-) -> IntArray | None:
-    """Solve the core with HiGHS; None when it finds nothing better within its limits."""
+) -> tuple[IntArray | None, float]:
+    """Solve the core with HiGHS: a choice (None when it finds none) and a bound on any better one.
+
+    An option left out by reduced cost cannot be part of an answer better than `incumbent`, so the
+    core's bound holds for all answers better than it; a core that was cut short proves nothing.
+    """
     from scipy.optimize import Bounds, LinearConstraint, milp
     from scipy.sparse import csr_matrix
 
@@ -216,7 +294,8 @@ def _exact(
     reduced = reduced - reduced.min(axis=1, keepdims=True)
     room = np.inf if incumbent is None else _total(cost, incumbent) - bound
     keep = np.isfinite(cost) & (reduced <= room * (1 + 1e-9) + 1e-15)
-    if keep.sum() > _CORE_LIMIT + len(cost):
+    whole = bool(keep.sum() <= _CORE_LIMIT + len(cost))
+    if not whole:
         keep &= reduced <= np.partition(reduced[keep], _CORE_LIMIT)[_CORE_LIMIT]
     keep[np.arange(len(cost)), reduced.argmin(axis=1)] = True
     if incumbent is not None:
@@ -224,7 +303,7 @@ def _exact(
     fixed = keep.sum(axis=1) == 1
     choice = keep.argmax(axis=1).astype(np.int64)
     if fixed.all():
-        return choice if (usage(use, choice) <= capacity).all() else None
+        return (choice if (usage(use, choice) <= capacity).all() else None), bound
     left = capacity - use[:, fixed, choice[fixed]].sum(axis=1)
     open_groups = np.nonzero(~fixed)[0]
     g_index, j_index = np.nonzero(keep[open_groups])
@@ -240,24 +319,43 @@ def _exact(
         constraints.append(LinearConstraint(pool_rows, -np.inf, left[bounded] / scale))
     fixed_cost = float(cost[fixed, choice[fixed]].sum())
     absolute = limits.gap * max(bound, 0.0) / 2
-    result = milp(
-        c / scale_c,
-        integrality=np.ones(len(groups)),
-        bounds=Bounds(0, 1),
-        constraints=constraints,
-        options={
-            "time_limit": limits.seconds,
-            "node_limit": limits.nodes,
-            "mip_rel_gap": min(1.0, absolute / max(bound - fixed_cost, absolute, 1e-300)),
-        },
-    )
+    with quiet_stdout():
+        result = milp(
+            c / scale_c,
+            integrality=np.ones(len(groups)),
+            bounds=Bounds(0, 1),
+            constraints=constraints,
+            options={
+                "time_limit": limits.seconds,
+                "node_limit": limits.nodes,
+                "mip_rel_gap": min(1.0, absolute / max(bound - fixed_cost, absolute, 1e-300)),
+            },
+        )
+    proven = bound
+    if whole and result.mip_dual_bound is not None and np.isfinite(result.mip_dual_bound):
+        proven = fixed_cost + float(result.mip_dual_bound) * scale_c * (1 - 1e-9)
     if result.x is None:
-        return None
+        return None, proven
     picked = np.nonzero(result.x > 0.5)[0]
     if len(picked) != len(open_groups):
-        return None
+        return None, proven
     choice[groups[picked]] = j_index[picked]
-    return choice if (usage(use, choice) <= capacity).all() else None
+    return (choice if (usage(use, choice) <= capacity).all() else None), proven
+
+
+@contextmanager
+def quiet_stdout() -> Iterator[None]:
+    """Send file descriptor 1 to nowhere: HiGHS prints debug lines that no option turns off."""
+    sys.stdout.flush()
+    saved = os.dup(1)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 1)
+        yield
+    finally:
+        os.dup2(saved, 1)
+        os.close(saved)
+        os.close(nowhere)
 
 
 def _infeasible(cost: FloatArray, use: FloatArray, capacity: FloatArray, level: int) -> Solution:

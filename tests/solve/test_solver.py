@@ -98,16 +98,16 @@ def test_answer_is_maximal(problem: Problem) -> None:
 
 
 def test_bound_follows_from_the_prices() -> None:
-    """The reported bound is the Lagrangian value at the reported prices."""
+    """The reported bound is at least the Lagrangian value at the reported prices."""
     rng = np.random.default_rng(5)
     base = np.sort(rng.random((40, 8)))[:, ::-1].copy()
     use = np.sort(rng.integers(10, 1000, (1, 40, 8)), axis=2).astype(float)
     problem = Problem.simple(base, use, np.array([use.max(axis=2).sum() * 0.5]))
     found = solve(problem)
-    assert found.lower_bound == pytest.approx(
-        lagrangian(problem.cost, problem.use, problem.capacities[0], found.prices), rel=1e-12
-    )
-    assert found.gap < 0.02
+    value = lagrangian(problem.cost, problem.use, problem.capacities[0], found.prices)
+    assert value * (1 - 1e-12) <= found.lower_bound <= found.objective
+    assert value > 0.98 * found.objective
+    assert found.gap < 1e-3
 
 
 def test_damage_falls_as_the_capacity_grows() -> None:

@@ -1,0 +1,161 @@
+"""What may be used: a rig or a file size, and how the model will be run on it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from typing import Any
+
+from quantmix.errors import UsageError
+from quantmix.memory.settings import NEWEST_BUILD, Settings
+from quantmix.rig.device import Rig
+from quantmix.units import pad, parse_size
+
+_BPW = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*bpw\s*$", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """A budget: exactly one of a rig, a file size or bits per weight, with the launch settings.
+
+    Attributes:
+        label: short text for names and titles (`192G`, `2xrtx-pro-6000`).
+        rig: devices, or None for a bare file size.
+        file_bytes: cap on the file. bpw: cap on bits per weight over all tensors.
+    """
+
+    label: str
+    settings: Settings
+    rig: Rig | None = None
+    file_bytes: int | None = None
+    bpw: float | None = None
+
+    @classmethod
+    def from_vram(cls, size: str | int, **settings: Any) -> Budget:
+        """One idealised device of exactly that many bytes (`--vram`)."""
+        from quantmix.rig.rigs import ideal_rig
+
+        n_bytes = parse_size(size, "--vram") if isinstance(size, str) else size
+        label = size.strip() if isinstance(size, str) else f"{n_bytes}B"
+        return cls(label, make_settings(**settings), rig=ideal_rig(n_bytes))
+
+    @classmethod
+    def from_gpus(
+        cls,
+        gpus: str,
+        *,
+        ram: str | None = None,
+        ram_reserve: str | None = None,
+        reserve: str | None = None,
+        desktop: bool = False,
+        **settings: Any,
+    ) -> Budget:
+        """Cards by name or size (`2xrtx-5090,2x24G`), in CUDA order, with RAM behind them."""
+        from quantmix.rig.rigs import parse_gpus
+
+        rig = with_ram(parse_gpus(gpus), ram, ram_reserve, reserve, desktop)
+        label = gpus.replace(",", "+").replace(" ", "") + (f"-{ram.strip()}" if ram else "")
+        return cls(label, make_settings(**settings), rig=rig)
+
+    @classmethod
+    def from_rig(
+        cls,
+        name: str,
+        *,
+        ram: str | None = None,
+        ram_reserve: str | None = None,
+        reserve: str | None = None,
+        desktop: bool = False,
+        **settings: Any,
+    ) -> Budget:
+        """A rig of the field by name, or one described in a TOML file."""
+        from quantmix.rig.rigs import load_rig
+
+        rig = with_ram(load_rig(name), ram, ram_reserve, reserve, desktop)
+        return cls(rig.name or name, make_settings(**settings), rig=rig)
+
+    @classmethod
+    def from_size(cls, size: str, **settings: Any) -> Budget:
+        """A file of a given size (`240G`) or density (`3.5bpw`), no device model."""
+        made = make_settings(**settings)
+        match = _BPW.match(size)
+        if match:
+            bpw = float(match.group(1))
+            if bpw <= 0:
+                raise UsageError(f"--size {size!r} must be above zero")
+            return cls(f"{match.group(1)}bpw", made, bpw=bpw)
+        return cls(size.strip(), made, file_bytes=parse_size(size, "--size"))
+
+
+def make_settings(engine: str = "ik", build: str | None = None, **values: Any) -> Settings:
+    """Return checked launch settings; the context is padded to 256 as the engines do.
+
+    Raises:
+        UsageError: a value makes no sense.
+    """
+    if engine not in NEWEST_BUILD:
+        raise UsageError(f"unknown engine {engine!r}: ik or mainline")
+    known = {k: v for k, v in values.items() if v is not None}
+    settings = Settings(engine=engine, build=build or NEWEST_BUILD[engine], **known)
+    if settings.ctx <= 0 or settings.ubatch <= 0 or settings.parallel <= 0:
+        raise UsageError("--ctx, --ubatch and --parallel must be above zero")
+    if not re.fullmatch(r"\d{4}-\d{2}-\d{2}", settings.build):
+        raise UsageError(f"--engine-build {settings.build!r} is not a date like 2026-08-15")
+    if settings.mla not in (0, 1, 2, 3):
+        raise UsageError(f"--mla {settings.mla} is not one of 0, 1, 2, 3")
+    _check_cache_types(settings)
+    return replace(
+        settings,
+        ctx=pad(settings.ctx, 256),
+        batch=max(settings.batch, settings.ubatch),
+    )
+
+
+def with_ram(
+    rig: Rig, ram: str | None, ram_reserve: str | None, reserve: str | None, desktop: bool
+) -> Rig:
+    """Return `rig` with installed RAM, reserves and a desktop's use set from flags."""
+    host = rig.host
+    if ram is not None:
+        host = replace(host, capacity_bytes=parse_size(ram, "--ram"))
+    gpus = rig.gpus
+    if reserve is not None:
+        each = parse_size(reserve, "--reserve")
+        gpus = tuple(replace(g, reserve_bytes=each) for g in gpus)
+    set_aside = rig.ram_reserve_bytes
+    if ram_reserve is not None:
+        set_aside = parse_size(ram_reserve, "--ram-reserve")
+    return replace(
+        rig, gpus=gpus, host=host, desktop=rig.desktop or desktop, ram_reserve_bytes=set_aside
+    )
+
+
+_CACHE_TYPES = (
+    "f32",
+    "f16",
+    "bf16",
+    "q8_0",
+    "q8_KV",
+    "q6_0",
+    "q5_1",
+    "q5_0",
+    "q4_1",
+    "q4_0",
+    "iq4_nl",
+)
+
+
+def _check_cache_types(settings: Settings) -> None:
+    """Refuse KV cache types that the engine does not take."""
+    from quantmix.errors import UnknownName
+
+    only_ik = ("q8_KV", "q6_0")
+    known = [t for t in _CACHE_TYPES if settings.engine == "ik" or t not in only_ik]
+    for flag, name in (("--ctk", settings.ctk), ("--ctv", settings.ctv)):
+        if name not in known:
+            raise UnknownName.of(
+                f"{flag} cache type for {settings.engine}",
+                name,
+                known,
+                f"one of {', '.join(known)}",
+            )

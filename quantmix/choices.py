@@ -1,0 +1,327 @@
+"""From a palette and a placement to a knapsack, and from its answer back to types and homes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quantmix.errors import UsageError
+from quantmix.memory.model import HOST, DeviceMemory, Placement
+from quantmix.models.model import Model
+from quantmix.palette import Palette
+from quantmix.solve.problem import FloatArray, IntArray, Problem
+
+# Pairs that the engines fuse when both have one type (DESIGN §4.8).
+_TIED = {
+    "ffn_gate_exps": "ffn_up_exps",
+    "ffn_gate_shexp": "ffn_up_shexp",
+    "ffn_gate": "ffn_up",
+}
+_EXPERTS = ("ffn_up_exps", "ffn_gate_exps", "ffn_down_exps", "ffn_gate_up_exps")
+_DENSE_FFN = ("ffn_up", "ffn_gate", "ffn_down")
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Tensors decided together.
+
+    Attributes:
+        label: what it is, for the dump.
+        members: tensor indices. parts: which part of the option each member takes its type from.
+        homes: (J,) device index of each option (HOST for RAM).
+        columns: (J, parts) palette column of each part.
+    """
+
+    label: str
+    members: tuple[int, ...]
+    parts: tuple[int, ...]
+    homes: NDArray[np.int64]
+    columns: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Choices:
+    """Groups of a model under one placement, with what each option costs and uses.
+
+    `damage`, `seconds` are (G, J), +inf padded; `use` is (D, G, J) bytes on each device (GPUs in
+    order, then the host); `level` is the largest single expert tensor an option puts into RAM.
+    """
+
+    model: Model
+    palette: Palette
+    groups: tuple[Group, ...]
+    damage: FloatArray
+    seconds: FloatArray
+    use: FloatArray
+    level: IntArray
+    pools: tuple[str, ...]
+
+    def mix(self, choice: IntArray) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return per tensor the palette column (-1 = kept) and the home device of a choice."""
+        columns = np.full(len(self.model.tensors), -1, dtype=np.int64)
+        homes = np.full(len(self.model.tensors), HOST, dtype=np.int64)
+        for group, j in zip(self.groups, choice, strict=True):
+            for member, part in zip(group.members, group.parts, strict=True):
+                homes[member] = group.homes[j]
+                if self.palette.kept_bytes[member] == 0:
+                    columns[member] = group.columns[j, part]
+        return columns, homes
+
+
+def movable_roles(model: Model) -> tuple[str, ...]:
+    """Return the roles that may lie in RAM while their layer stays on a GPU."""
+    return _EXPERTS if model.hparams.is_moe else _DENSE_FFN
+
+
+def build_choices(
+    model: Model,
+    palette: Palette,
+    placement: Placement,
+    memory: Sequence[DeviceMemory],
+    seconds: FloatArray,
+    *,
+    movable: bool = False,
+) -> Choices:
+    """Return all groups with their options.
+
+    Args:
+        placement: where layers live, and which layers' experts lie in RAM.
+        movable: those layers' experts may lie in RAM, or stay on the layer's GPU.
+        memory: from the memory model, GPUs in order, then the host.
+        seconds: (D, T, Q) time per token of a tensor at a type on a device.
+
+    Raises:
+        UsageError: a tensor has no type that its device can run.
+    """
+    homes = tensor_homes(model, placement)
+    if movable:
+        groups = _groups(model, palette, homes, placement.cpu_experts)
+    else:
+        homes[in_ram(model, placement)] = HOST
+        groups = _groups(model, palette, homes, frozenset())
+    width = max(len(g.homes) for g in groups)
+    n_devices = len(memory)
+    shape = (len(groups), width)
+    damage = np.full(shape, np.inf)
+    time = np.full(shape, np.inf)
+    use = np.zeros((n_devices, *shape))
+    level = np.zeros(shape, dtype=np.int64)
+    doubled = [d for d, m in enumerate(memory) if m.duplicate_embedding]
+    for g, group in enumerate(groups):
+        n = len(group.homes)
+        options = np.arange(n)
+        rows_damage = np.zeros(n)
+        rows_time = np.zeros(n)
+        for member, part in zip(group.members, group.parts, strict=True):
+            kept = palette.kept_bytes[member]
+            columns = group.columns[:, part]
+            n_bytes = np.full(n, kept) if kept else palette.bytes[member, columns]
+            if not kept:
+                rows_damage += palette.damage[member, columns]
+                rows_time += seconds[group.homes, member, columns]
+            tensor = model.tensors[member]
+            if tensor.loaded:
+                use[group.homes, g, options] += n_bytes
+                if tensor.role == "token_embd":
+                    for d in doubled:
+                        use[d, g, options] += n_bytes
+            if tensor.role in _EXPERTS:
+                n_here = np.where(group.homes == HOST, n_bytes, 0)
+                level[g, :n] = np.maximum(level[g, :n], n_here)
+        damage[g, :n] = rows_damage
+        time[g, :n] = rows_time
+    pools = tuple(m.name for m in memory)
+    return Choices(model, palette, tuple(groups), damage, time, use, level, pools)
+
+
+def tensor_homes(model: Model, placement: Placement) -> NDArray[np.int64]:
+    """Return the device of every tensor before any expert is moved to RAM.
+
+    The input embedding stays in RAM; what lies outside the blocks otherwise goes with the output
+    (DESIGN §4.5).
+    """
+    homes = np.full(len(model.tensors), HOST, dtype=np.int64)
+    for i, t in enumerate(model.tensors):
+        if t.layer is not None:
+            last = len(placement.layer_device) - 1
+            homes[i] = placement.layer_device[min(t.layer, last)]
+        elif t.role not in ("token_embd", "per_layer_token_embd"):
+            homes[i] = placement.output_device
+    return homes
+
+
+def in_ram(model: Model, placement: Placement) -> NDArray[np.bool_]:
+    """Return (T,) whether a tensor is among the experts that the placement puts into RAM."""
+    roles = movable_roles(model)
+    return np.array([t.role in roles and t.layer in placement.cpu_experts for t in model.tensors])
+
+
+def to_problem(
+    choices: Choices,
+    capacities: FloatArray,
+    levels: IntArray,
+    constraints: tuple[str, ...],
+    *,
+    objective: str = "damage",
+    budget: float | None = None,
+) -> Problem:
+    """Return the knapsack of a stage.
+
+    Args:
+        capacities: (L, D) bytes left for weights on every device at every level.
+        objective: `damage` (then `budget` caps seconds) or `seconds` (then it caps damage).
+    """
+    cost, other = choices.damage, choices.seconds
+    if objective == "seconds":
+        cost, other = other, cost
+    use, pools = choices.use, choices.pools
+    if budget is not None:
+        extra = np.where(np.isfinite(other), other, 0.0)
+        use = np.concatenate([use, extra[None]])
+        pools = (*pools, "seconds" if objective == "damage" else "damage")
+        capacities = np.concatenate([capacities, np.full((len(capacities), 1), budget)], axis=1)
+    return Problem(
+        groups=tuple(g.label for g in choices.groups),
+        options=tuple(_option_labels(choices, g) for g in choices.groups),
+        cost=cost,
+        use=use,
+        pools=pools,
+        capacities=capacities,
+        levels=levels,
+        level=choices.level,
+        constraints=constraints,
+    )
+
+
+def _option_labels(choices: Choices, group: Group) -> tuple[str, ...]:
+    names = [t.name for t in choices.palette.types]
+    kept = all(choices.palette.kept_bytes[m] for m in group.members)
+    labels = []
+    for home, columns in zip(group.homes, group.columns, strict=True):
+        types = "kept" if kept else "+".join(dict.fromkeys(names[c] for c in columns))
+        labels.append(f"{types}@{choices.pools[home]}")
+    return tuple(labels)
+
+
+def _groups(
+    model: Model,
+    palette: Palette,
+    homes: NDArray[np.int64],
+    movable_layers: frozenset[int],
+) -> list[Group]:
+    """Split the tensors into groups: tied pairs, and whole expert layers where they may move."""
+    by_place = {(t.layer, t.role): i for i, t in enumerate(model.tensors)}
+    roles = movable_roles(model)
+    done: set[int] = set()
+    groups: list[Group] = []
+    for i, t in enumerate(model.tensors):
+        if i in done:
+            continue
+        if t.role in roles and t.layer in movable_layers and homes[i] != HOST:
+            members = [by_place[t.layer, r] for r in roles if (t.layer, r) in by_place]
+            group = _movable_group(model, palette, members, int(homes[i]))
+        else:
+            partner = _partner(by_place, t.layer, t.role)
+            members = [i] if partner is None else [i, partner]
+            group = _fixed_group(model, palette, members, int(homes[i]))
+        done.update(members)
+        groups.append(group)
+    return groups
+
+
+def _partner(
+    by_place: dict[tuple[int | None, str], int], layer: int | None, role: str
+) -> int | None:
+    other = _TIED.get(role) or next((a for a, b in _TIED.items() if b == role), None)
+    return by_place.get((layer, other)) if other else None
+
+
+def _fixed_group(model: Model, palette: Palette, members: list[int], home: int) -> Group:
+    """Tensors with one type on one device."""
+    label = " + ".join(model.tensors[m].name for m in members)
+    if all(palette.kept_bytes[m] for m in members):
+        return Group(
+            label,
+            tuple(members),
+            (0,) * len(members),
+            np.array([home]),
+            np.zeros((1, 1), dtype=np.int64),
+        )
+    columns = _columns(model, palette, members, home)
+    return Group(
+        label,
+        tuple(members),
+        (0,) * len(members),
+        np.full(len(columns), home, dtype=np.int64),
+        columns[:, None],
+    )
+
+
+def _columns(model: Model, palette: Palette, members: list[int], home: int) -> NDArray[np.int64]:
+    """Return the palette columns that all members may take on `home`."""
+    free = [m for m in members if not palette.kept_bytes[m]]
+    allowed = palette.allowed[free].all(axis=0)
+    # Rows of an untied embedding are looked up, not multiplied: free of kernel limits.
+    untied = "output.weight" in model.by_name
+    lookup = untied and all(model.tensors[m].role == "token_embd" for m in members)
+    if not lookup:
+        allowed = allowed & (palette.cpu if home == HOST else palette.gpu)
+    if not allowed.any():
+        where = "RAM (see --allow-slow-cpu)" if home == HOST else "a GPU"
+        names = " and ".join(model.tensors[m].name for m in members)
+        raise UsageError(f"no type is left for {names} in {where}: widen --types or change the pin")
+    columns: NDArray[np.int64] = np.nonzero(allowed)[0].astype(np.int64)
+    return columns
+
+
+def _movable_group(model: Model, palette: Palette, members: list[int], gpu: int) -> Group:
+    """A layer's experts: up+gate one type, down another, all on the GPU or all in RAM."""
+    is_down = [model.tensors[m].role.startswith("ffn_down") for m in members]
+    pair = [m for m, down in zip(members, is_down, strict=True) if not down]
+    down = [m for m, d in zip(members, is_down, strict=True) if d]
+    label = " + ".join(model.tensors[m].name for m in members)
+    homes: list[NDArray[np.int64]] = []
+    columns: list[NDArray[np.int64]] = []
+    for home in (gpu, HOST):
+        try:
+            first = _columns(model, palette, pair, home) if pair else np.zeros(1, dtype=np.int64)
+            second = _columns(model, palette, down, home) if down else np.zeros(1, dtype=np.int64)
+        except UsageError:
+            if home == HOST and homes:
+                continue
+            if home == gpu:
+                continue
+            raise
+        grid = np.stack([np.repeat(first, len(second)), np.tile(second, len(first))], axis=1)
+        keep = _undominated(palette, pair, down, grid)
+        homes.append(np.full(len(keep), home, dtype=np.int64))
+        columns.append(grid[keep])
+    return Group(
+        label,
+        tuple(members),
+        tuple(1 if d else 0 for d in is_down),
+        np.concatenate(homes),
+        np.concatenate(columns),
+    )
+
+
+def _undominated(
+    palette: Palette, pair: list[int], down: list[int], grid: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """Return the rows of `grid` that no other beats in both bytes and damage."""
+    n_bytes = np.zeros(len(grid))
+    damage = np.zeros(len(grid))
+    for members, part in ((pair, 0), (down, 1)):
+        for m in members:
+            if palette.kept_bytes[m]:
+                continue
+            n_bytes += palette.bytes[m, grid[:, part]]
+            damage += palette.damage[m, grid[:, part]]
+    order = np.lexsort((damage, n_bytes))
+    best = np.minimum.accumulate(damage[order])
+    first = np.concatenate([[True], damage[order][1:] < best[:-1]])
+    kept: NDArray[np.int64] = order[first]
+    return kept

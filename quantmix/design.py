@@ -1,0 +1,421 @@
+"""MODEL + budget -> Recipe. The composition; every step is a function of another module."""
+
+from __future__ import annotations
+
+import datetime as dt
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+import quantmix
+from quantmix.budget import Budget
+from quantmix.emit.flags import offload
+from quantmix.emit.ftype import ftype_of
+from quantmix.emit.rules import build_rules
+from quantmix.errors import InfeasibleBudget
+from quantmix.ggml.types import GgmlType
+from quantmix.loss.model import LossModel
+from quantmix.memory.model import HOST, DeviceMemory, Placement
+from quantmix.models.model import Model
+from quantmix.palette import Palette, TypeLimits, build
+from quantmix.planner import (
+    Goals,
+    Plan,
+    Shortage,
+    plan_in_file,
+    plan_on_rig,
+    price_per_gib,
+    require_types,
+)
+from quantmix.recipe import (
+    DeviceUse,
+    EngineInfo,
+    ModelInfo,
+    Optimality,
+    PlannedTensor,
+    Quality,
+    Recipe,
+    Size,
+    Speed,
+)
+from quantmix.rig.device import Device, Rig
+from quantmix.solve.problem import Problem, Solution
+from quantmix.units import GIB, MIB, pad
+
+if TYPE_CHECKING:
+    from quantmix.memory.settings import Settings
+
+UNKNOWN_HEADER_BYTES = 32 * MIB
+"""What the header of a file may take when the source's was not read (CONTRACT §2, --size)."""
+
+_ALIGNMENT = 32  # GGUF_DEFAULT_ALIGNMENT
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What a design may use and what it aims for, besides the budget."""
+
+    limits: TypeLimits = field(default_factory=TypeLimits)
+    goals: Goals = field(default_factory=Goals)
+    measurements: Path | None = None
+    min_tps: float | None = None
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class Design:
+    """A recipe with what only the run that made it knows: its knapsack and its solution."""
+
+    recipe: Recipe
+    problem: Problem
+    solution: Solution
+    palette: Palette
+    placement: Placement | None
+
+
+def design(
+    model: Model, budget: Budget, *, options: Options | None = None, engine: str | None = None
+) -> Recipe:
+    """Return the recipe of least predicted damage that fits the budget.
+
+    Args:
+        engine: `ik` or `mainline`; overrides the budget's settings.
+
+    Raises:
+        InfeasibleBudget: nothing fits; the message names the smallest budget that works.
+        UsageError: types, pins or floors that make no sense for this model.
+    """
+    if engine is not None and engine != budget.settings.engine:
+        from quantmix.budget import make_settings
+
+        old = budget.settings
+        fresh = make_settings(engine=engine, ctx=old.ctx, ctk=old.ctk, ctv=old.ctv)
+        budget = replace(budget, settings=fresh)
+    return run(model, budget, options or Options()).recipe
+
+
+def run(model: Model, budget: Budget, options: Options, loss: LossModel | None = None) -> Design:
+    """Design with everything that the command line wants to know besides the recipe."""
+    from quantmix.loss import load as load_loss
+
+    settings = budget.settings
+    model = _loaded(model, settings)
+    loss = loss or load_loss(
+        model,
+        engine=settings.engine,
+        imatrix=options.limits.imatrix,
+        measurements=options.measurements,
+    )
+    palette = build(model, loss, settings.engine, options.limits)
+    require_types(model, palette)
+    if budget.rig is None:
+        return _for_file(model, budget, options, loss, palette)
+    return _for_rig(model, budget, budget.rig, options, loss, palette)
+
+
+def _loaded(model: Model, settings: Settings) -> Model:
+    """Return the model with MTP blocks loaded when `--mtp` asks for them."""
+    if not settings.mtp:
+        return model
+    tensors = tuple(replace(t, loaded=True) for t in model.tensors)
+    return replace(model, tensors=tensors)
+
+
+def _for_rig(
+    model: Model, budget: Budget, rig: Rig, options: Options, loss: LossModel, palette: Palette
+) -> Design:
+    from quantmix import timing
+
+    times = timing.of(model, palette, rig, budget.settings)
+    goals = replace(options.goals, max_seconds=times.budget(options.min_tps))
+    plan = plan_on_rig(model, palette, rig, budget.settings, times.cells, goals)
+    if isinstance(plan, Shortage):
+        from quantmix.feasible import explain
+
+        raise InfeasibleBudget(explain(model, budget, options, palette, plan))
+    mix = _mix(palette, plan.columns)
+    devices = _devices(model, rig, plan, _tensor_bytes(palette, plan.columns))
+    speed = times.predict(plan, mix)
+    return _assemble(
+        model,
+        budget,
+        options,
+        loss,
+        palette,
+        _Answer(plan.columns, plan.homes, plan.stage1, plan.problem, plan.constraints),
+        devices,
+        speed,
+        plan.placement,
+    )
+
+
+def _for_file(
+    model: Model, budget: Budget, options: Options, loss: LossModel, palette: Palette
+) -> Design:
+    if budget.bpw is not None:
+        capacity = math.floor(budget.bpw * model.n_elements / 8)
+    else:
+        assert budget.file_bytes is not None
+        capacity = budget.file_bytes - _header_allowance(model)
+    found = plan_in_file(model, palette, capacity, options.goals)
+    if isinstance(found, Shortage):
+        need = capacity + found.missing_bytes["file"]
+        floor = (
+            f"{8 * need / model.n_elements + 5e-4:.3f}bpw"
+            if budget.bpw is not None
+            else f"{(need + _header_allowance(model)) / GIB + 5e-3:.2f}G"
+        )
+        raise InfeasibleBudget(
+            f"{model.id} cannot be made as small as {budget.label}: "
+            f"the smallest that works is --size {floor}"
+        )
+    columns, solution, problem = found
+    homes = np.full(len(model.tensors), HOST, dtype=np.int64)
+    answer = _Answer(columns, homes, solution, problem, problem.constraints)
+    return _assemble(model, budget, options, loss, palette, answer, (), Speed(), None)
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """What the search decided, in the form that the recipe is built from."""
+
+    columns: NDArray[np.int64]
+    homes: NDArray[np.int64]
+    solution: Solution
+    problem: Problem
+    constraints: tuple[str, ...]
+
+
+def _assemble(
+    model: Model,
+    budget: Budget,
+    options: Options,
+    loss: LossModel,
+    palette: Palette,
+    answer: _Answer,
+    devices: tuple[DeviceUse, ...],
+    speed: Speed,
+    placement: Placement | None,
+) -> Design:
+    """Write down the answer as a recipe."""
+    settings = budget.settings
+    mix = _mix(palette, answer.columns)
+    sizes = _tensor_bytes(palette, answer.columns)
+    tensors = _planned(model, budget.rig, palette, answer, sizes)
+    quality = loss.quality(model, mix)
+    quality = replace(quality, damage=float(sum(t.damage for t in tensors)))
+    quality = _warn_fallbacks(quality, palette, options)
+    by_type = _by_type(tensors, model)
+    rules = build_rules(
+        model.tensors,
+        {t.name: t.type for t, q in zip(tensors, mix, strict=True) if q is not None},
+    )
+    ftype = ftype_of({n: row["bytes"] for n, row in by_type.items()}, settings.engine)
+    flags = None
+    if budget.rig is not None and placement is not None:
+        by_name = {t.name: t.bytes for t in tensors}
+        flags = offload(model, settings, budget.rig, placement, by_name)
+    recipe = Recipe(
+        name=options.name or f"{model.id}-{_slug(budget.label)}",
+        quantmix=quantmix.__version__,
+        created=dt.datetime.now(dt.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        budget={"label": budget.label, "ideal": bool(budget.rig and budget.rig.ideal)},
+        model=ModelInfo(
+            model.id, model.arch, model.layout, len(model.tensors), model.n_elements, model.source
+        ),
+        engine=EngineInfo(settings.engine, settings.build, ftype),
+        settings=settings,
+        size=_size(model, tensors),
+        devices=devices,
+        quality=quality,
+        optimality=_optimality(answer, quality.damage),
+        speed=speed,
+        types=by_type,
+        rules=tuple(r.text for r in rules),
+        commands=_commands(settings, ftype, [r.text for r in rules], flags),
+        offload={
+            "flags": flags.flags if flags else [],
+            "env": flags.env if flags else {},
+            "notes": list(flags.notes) if flags else [],
+        },
+        tensors=tensors,
+    )
+    return Design(recipe, answer.problem, answer.solution, palette, placement)
+
+
+def _mix(palette: Palette, columns: NDArray[np.int64]) -> list[GgmlType | None]:
+    return [None if c < 0 else palette.types[c] for c in columns]
+
+
+def _tensor_bytes(palette: Palette, columns: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the bytes of every tensor in the file."""
+    rows = np.arange(len(columns))
+    sizes: NDArray[np.int64] = np.where(
+        columns < 0, palette.kept_bytes, palette.bytes[rows, np.maximum(columns, 0)]
+    )
+    return sizes
+
+
+def _planned(
+    model: Model, rig: Rig | None, palette: Palette, answer: _Answer, sizes: NDArray[np.int64]
+) -> tuple[PlannedTensor, ...]:
+    names = [d.name for d in rig.devices] if rig else ["file"]
+    planned = []
+    for i, t in enumerate(model.tensors):
+        c = int(answer.columns[i])
+        planned.append(
+            PlannedTensor(
+                name=t.name,
+                shape=t.shape,
+                role=t.role,
+                layer=t.layer,
+                type=t.source_type if c < 0 else palette.types[c].name,
+                bytes=int(sizes[i]),
+                device=names[answer.homes[i]],
+                damage=0.0 if c < 0 else float(palette.damage[i, c]),
+            )
+        )
+    return tuple(planned)
+
+
+def _devices(model: Model, rig: Rig, plan: Plan, sizes: NDArray[np.int64]) -> tuple[DeviceUse, ...]:
+    """Return what every device holds; the sums must fit, whatever the search believed."""
+    uses = []
+    for d, (device, memory) in enumerate(zip(rig.devices, plan.memory, strict=True)):
+        here = d if device.kind == "gpu" else HOST
+        weights = sum(
+            int(n)
+            for t, n, home in zip(model.tensors, sizes, plan.homes, strict=True)
+            if t.loaded and home == here
+        )
+        if memory.duplicate_embedding:
+            weights += sum(
+                int(n) for t, n in zip(model.tensors, sizes, strict=True) if t.role == "token_embd"
+            )
+        uses.append(_device_use(device, memory, weights, plan.cpu_expert_bytes))
+    return tuple(uses)
+
+
+def _device_use(
+    device: Device, memory: DeviceMemory, weights: int, cpu_expert_bytes: int
+) -> DeviceUse:
+    compute = memory.compute_bytes(cpu_expert_bytes)
+    use = DeviceUse(
+        name=device.name,
+        kind=device.kind,
+        capacity_bytes=device.capacity_bytes,
+        weights_bytes=weights,
+        derived_bytes=memory.derived_bytes,
+        kv_bytes=memory.kv_bytes,
+        compute_bytes=compute,
+        reserve_bytes=memory.reserve_bytes,
+        free_bytes=None,
+    )
+    if device.capacity_bytes is None:
+        return use
+    free = device.capacity_bytes - use.used_bytes
+    assert free >= 0, f"{device.name} is over capacity by {-free} bytes: the bound was no bound"
+    return replace(use, free_bytes=free)
+
+
+def _by_type(tensors: Sequence[PlannedTensor], model: Model) -> dict[str, dict[str, int]]:
+    """Count tensors, weights and bytes per type, largest first."""
+    rows: dict[str, dict[str, int]] = defaultdict(
+        lambda: {"n_tensors": 0, "n_elements": 0, "bytes": 0}
+    )
+    for planned, t in zip(tensors, model.tensors, strict=True):
+        row = rows[planned.type]
+        row["n_tensors"] += 1
+        row["n_elements"] += t.n_elements
+        row["bytes"] += planned.bytes
+    return dict(sorted(rows.items(), key=lambda kv: (-kv[1]["bytes"], kv[0])))
+
+
+def _header_allowance(model: Model) -> int:
+    return UNKNOWN_HEADER_BYTES if model.header_bytes is None else model.header_bytes + 4096
+
+
+def _size(model: Model, tensors: Sequence[PlannedTensor]) -> Size:
+    total = sum(t.bytes for t in tensors)
+    padded = sum(pad(t.bytes, _ALIGNMENT) for t in tensors)
+    unloaded = sum(p.bytes for p, t in zip(tensors, model.tensors, strict=True) if not t.loaded)
+    return Size(
+        tensor_bytes=total,
+        file_bytes=padded + _header_allowance(model),
+        file_bytes_exact=False,
+        unloaded_bytes=unloaded,
+        bpw=8 * total / model.n_elements,
+    )
+
+
+def _optimality(answer: _Answer, objective: float) -> Optimality:
+    solution = answer.solution
+    bound = min(solution.lower_bound, objective)
+    gap = (objective - bound) / objective if objective > 0 else 0.0
+    return Optimality(
+        status=solution.status,
+        objective=objective,
+        lower_bound=bound,
+        gap=gap,
+        constraints=answer.constraints,
+        prices=price_per_gib(solution, answer.problem.pools),
+    )
+
+
+def _warn_fallbacks(quality: Quality, palette: Palette, options: Options) -> Quality:
+    """Name types outside --types that stand in on rows too short for them."""
+    if not options.limits.types or not palette.fallbacks:
+        return quality
+    text = f"fallback on short rows: {', '.join(palette.fallbacks)} (not in --types)"
+    return replace(quality, warnings=(*quality.warnings, text))
+
+
+def _commands(
+    settings: Settings, ftype: str, rules: Sequence[str], flags: Any
+) -> dict[str, list[str]]:
+    """Return the three commands; SOURCE, IMATRIX, OUT, MODEL and CORPUS stand for files."""
+    run_flags = list(flags.flags) if flags else []
+    if settings.engine == "ik":
+        quantize = ["llama-quantize", "--imatrix", "IMATRIX", "--custom-q", ",".join(rules)]
+        ppl = ["-c", "512", "--no-escape"]
+    else:
+        quantize = ["llama-quantize", "--imatrix", "IMATRIX", "--tensor-type-file", "rules.args"]
+        ppl = ["-c", "512"]
+    return {
+        "quantize": [*quantize, "SOURCE", "OUT", ftype],
+        "serve": ["llama-server", "-m", "MODEL", *run_flags],
+        "perplexity": [
+            "llama-perplexity",
+            *("-m", "MODEL", "-f", "CORPUS"),
+            *ppl,
+            *_perplexity_flags(run_flags),
+        ],
+    }
+
+
+def _perplexity_flags(flags: Sequence[str]) -> list[str]:
+    """Drop what belongs to a server or to a long context: perplexity runs at -c 512."""
+    dropped = {"-c", "-np", "-cram", "-ctk", "-ctv", "-b", "-ub"}
+    kept: list[str] = []
+    skip = False
+    for flag in flags:
+        if skip:
+            skip = False
+        elif flag in dropped:
+            skip = True
+        else:
+            kept.append(flag)
+    return kept
+
+
+def _slug(label: str) -> str:
+    return "".join(c if c.isalnum() or c in "._+-" else "-" for c in label)
+
+
+__all__ = ["Design", "Options", "design", "run"]

@@ -1,0 +1,282 @@
+"""Which types a tensor may take, what each costs in bytes, and what each does to the model.
+
+Everything that an engine would do silently (fallbacks, kept tensors) or refuse (imatrix, missing
+kernels) is applied here, before the solver sees anything.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quantmix.errors import UsageError
+from quantmix.ggml import types as ggml
+from quantmix.ggml.types import Engine, GgmlType
+from quantmix.loss.model import LossModel
+from quantmix.models.model import Model, Tensor
+
+GUARD_BPW = 3.0
+"""Low-bit guard: tensors read for every token of an expert model stay at or above it."""
+
+MTP_BPW = 4.5
+"""MTP blocks that are not loaded get the type nearest to it: useful later, not precious."""
+
+
+@dataclass(frozen=True, slots=True)
+class TypeLimits:
+    """What the user asked for: a type list, pins and floors as (regex, type), imatrix at hand."""
+
+    types: tuple[str, ...] = ()
+    pins: tuple[tuple[str, str], ...] = ()
+    floors: tuple[tuple[str, str], ...] = ()
+    imatrix: bool = True
+    allow_slow_cpu: bool = False
+
+
+@dataclass(frozen=True)
+class Palette:
+    """Options of every tensor.
+
+    Attributes:
+        types: the columns: types that can really be written, in enum order.
+        allowed: (T, Q) bool; all False for a tensor that is kept as it is.
+        bytes: (T, Q) int64, 0 where the type does not fit the shape.
+        damage: (T, Q) nats.
+        kept_bytes: (T,) bytes of a kept tensor at its source type, else 0.
+        gpu, cpu: (Q,) bool, whether a type may live there.
+        constraints: hard constraints applied, in words.
+        fallbacks: types that stand in for an asked-for one on short rows.
+    """
+
+    types: tuple[GgmlType, ...]
+    allowed: NDArray[np.bool_]
+    bytes: NDArray[np.int64]
+    damage: NDArray[np.float64]
+    kept_bytes: NDArray[np.int64]
+    gpu: NDArray[np.bool_]
+    cpu: NDArray[np.bool_]
+    constraints: tuple[str, ...]
+    fallbacks: tuple[str, ...]
+
+    def column(self, name: str) -> int:
+        """Return the column of a type."""
+        return next(i for i, t in enumerate(self.types) if t.name == name)
+
+
+def build(model: Model, loss: LossModel, engine: Engine, limits: TypeLimits) -> Palette:
+    """Return the options of every tensor of `model` on `engine` under `limits`.
+
+    Raises:
+        UnknownName: a type that the engine does not have.
+        UsageError: a type that cannot be written, a bad regex, a rule that matches nothing.
+    """
+    asked = _asked(engine, limits)
+    pins = [_rule(text, name, engine, "--pin") for text, name in limits.pins]
+    floors = [_rule(text, name, engine, "--floor") for text, name in limits.floors]
+    names = {t.name for t in asked} | {q for _, q in pins} | {q for _, q in floors}
+    written = _written(model, engine, tuple(sorted(names)))
+    columns = sorted({t for per in written.values() for t in per.values()}, key=lambda t: t.id)
+    index = {t.name: i for i, t in enumerate(columns)}
+    n_tensors = len(model.tensors)
+    allowed = np.zeros((n_tensors, len(columns)), dtype=np.bool_)
+    n_bytes = np.zeros((n_tensors, len(columns)), dtype=np.int64)
+    kept_bytes = np.zeros(n_tensors, dtype=np.int64)
+    asked_names = {t.name for t in asked}
+    sizes: dict[tuple[int, ...], NDArray[np.int64]] = {}
+    for i, t in enumerate(model.tensors):
+        if t.shape not in sizes:
+            sizes[t.shape] = _sizes(columns, t.shape)
+        n_bytes[i] = sizes[t.shape]
+        if is_kept(t, engine):
+            kept_bytes[i] = _source_bytes(t, engine)
+            continue
+        mine = written[_row_key(t)]
+        for name in asked_names:
+            if name in mine and not _silent(ggml.get(name, engine), mine[name]):
+                allowed[i, index[mine[name].name]] = True
+    damage = np.asarray(loss.damage(model, columns), dtype=np.float64)
+    constraints = list(_guard(model, columns, allowed))
+    constraints += _floor(model, floors, written, index, damage, allowed, n_bytes)
+    constraints += _pin(model, pins, written, index, allowed)
+    fallbacks = sorted(
+        {columns[q].name for q in np.nonzero(allowed.any(axis=0))[0]}
+        - asked_names
+        - {q for _, q in pins}
+    )
+    return Palette(
+        types=tuple(columns),
+        allowed=allowed,
+        bytes=n_bytes,
+        damage=np.where(n_bytes > 0, damage, np.inf),
+        kept_bytes=kept_bytes,
+        gpu=np.array([t.cuda for t in columns]),
+        cpu=np.array([limits.allow_slow_cpu or not t.slow_cpu for t in columns]),
+        constraints=tuple(constraints),
+        fallbacks=tuple(fallbacks),
+    )
+
+
+def is_kept(tensor: Tensor, engine: Engine) -> bool:
+    """Whether the tensor goes into the file as it is: never quantized, or quantized already."""
+    if not tensor.quantizable:
+        return True
+    return ggml.get(tensor.source_type, engine).is_quantized
+
+
+def _source_bytes(tensor: Tensor, engine: Engine) -> int:
+    return ggml.get(tensor.source_type, engine).tensor_bytes(tensor.shape)
+
+
+def _asked(engine: Engine, limits: TypeLimits) -> tuple[GgmlType, ...]:
+    """Return the types that may be chosen freely."""
+    if not limits.types:
+        return ggml.default_palette(engine, imatrix=limits.imatrix)
+    asked = tuple(ggml.get(name, engine) for name in dict.fromkeys(limits.types))
+    for t in asked:
+        if not t.writable:
+            raise UsageError(f"--types: {t.name} is not a type that llama-quantize can write")
+        if not limits.imatrix and t.imatrix in ("required", "asserted"):
+            raise UsageError(f"--types: {t.name} needs an imatrix, but --no-imatrix was given")
+    return asked
+
+
+def _silent(asked: GgmlType, written: GgmlType) -> bool:
+    """Whether an interleaved type would silently become another: such an option is left out."""
+    return asked.interleave > 1 and written.name != asked.name
+
+
+def _row_key(tensor: Tensor) -> tuple[int, int, bool]:
+    """What decides the fallback of a tensor: row length, rows, being the embedding."""
+    rows = tensor.shape[1] if len(tensor.shape) > 1 else 1
+    return tensor.shape[0], rows, tensor.name == "token_embd.weight"
+
+
+def _written(
+    model: Model, engine: Engine, names: tuple[str, ...]
+) -> dict[tuple[int, int, bool], dict[str, GgmlType]]:
+    """Return per row shape what the engine really writes for each asked-for type."""
+    result: dict[tuple[int, int, bool], dict[str, GgmlType]] = {}
+    for t in model.tensors:
+        key = _row_key(t)
+        if not t.quantizable or key in result:
+            continue
+        result[key] = {}
+        for name in names:
+            try:
+                result[key][name] = ggml.resolve(name, t.name, t.shape, engine)
+            except UsageError:
+                continue
+    return result
+
+
+def _sizes(columns: Sequence[GgmlType], shape: tuple[int, ...]) -> NDArray[np.int64]:
+    """Return the bytes of a tensor at every column, 0 where the rows do not divide."""
+    return np.array(
+        [0 if shape[0] % q.ncols_multiple else q.tensor_bytes(shape) for q in columns],
+        dtype=np.int64,
+    )
+
+
+def _rule(pattern: str, name: str, engine: Engine, flag: str) -> tuple[re.Pattern[str], str]:
+    """Compile one `REGEX=TYPE` of the user."""
+    ggml.get(name, engine)
+    try:
+        return re.compile(pattern), name
+    except re.error as err:
+        raise UsageError(f"{flag} {pattern!r} is not a regular expression: {err}") from None
+
+
+def _matching(
+    model: Model, rule: tuple[re.Pattern[str], str], flag: str, allowed: NDArray[np.bool_]
+) -> list[int]:
+    """Return the quantizable tensors that a rule matches; none at all is an error."""
+    pattern, name = rule
+    hits = [
+        i
+        for i, t in enumerate(model.tensors)
+        if allowed[i].any() and pattern.search(t.name) is not None
+    ]
+    if not hits:
+        raise UsageError(
+            f"{flag} {pattern.pattern}={name} matches no quantizable tensor of {model.id}: "
+            f"see `quantmix inspect {model.id}`"
+        )
+    return hits
+
+
+def _pin(
+    model: Model,
+    pins: Sequence[tuple[re.Pattern[str], str]],
+    written: dict[tuple[int, int, bool], dict[str, GgmlType]],
+    index: dict[str, int],
+    allowed: NDArray[np.bool_],
+) -> list[str]:
+    """Leave pinned tensors one option; the first pin that matches wins, as in the engines."""
+    done: set[int] = set()
+    for pattern, name in pins:
+        hits = [i for i in _matching(model, (pattern, name), "--pin", allowed) if i not in done]
+        for i in hits:
+            t = model.tensors[i]
+            target = written[_row_key(t)].get(name)
+            if target is None:
+                raise UsageError(f"--pin {name} cannot be written to {t.name}: rows of {t.ncols}")
+            allowed[i] = False
+            allowed[i, index[target.name]] = True
+        done.update(hits)
+    return [f"pin {pattern.pattern}={name}" for pattern, name in pins]
+
+
+def _floor(
+    model: Model,
+    floors: Sequence[tuple[re.Pattern[str], str]],
+    written: dict[tuple[int, int, bool], dict[str, GgmlType]],
+    index: dict[str, int],
+    damage: NDArray[np.float64],
+    allowed: NDArray[np.bool_],
+    n_bytes: NDArray[np.int64],
+) -> list[str]:
+    """Take away the options of floored tensors that do more damage than the floor type."""
+    for pattern, name in floors:
+        for i in _matching(model, (pattern, name), "--floor", allowed):
+            target = written[_row_key(model.tensors[i])].get(name)
+            if target is None:
+                continue
+            worst = damage[i, index[target.name]]
+            keep = allowed[i] & (damage[i] <= worst) & (n_bytes[i] > 0)
+            if not keep.any():
+                keep[index[target.name]] = True
+            allowed[i] = keep
+    return [f"floor {pattern.pattern}={name}" for pattern, name in floors]
+
+
+def _guard(model: Model, columns: Sequence[GgmlType], allowed: NDArray[np.bool_]) -> list[str]:
+    """Keep always-active tensors of expert models out of the lowest bits; fix unloaded MTP blocks.
+
+    Single-tensor damage under-measures small tensors that every token passes (research:
+    peers-optimizers c6); where nothing at or above the guard is allowed, the best option stays.
+    """
+    bpw = np.array([t.bpw for t in columns])
+    said = []
+    if model.hparams.is_moe:
+        for i, t in enumerate(model.tensors):
+            if not allowed[i].any() or not t.loaded or t.active_fraction < 1.0 - 1e-9:
+                if t.role != "token_embd":
+                    continue
+                if not allowed[i].any():
+                    continue
+            high = allowed[i] & (bpw >= GUARD_BPW)
+            allowed[i] = high if high.any() else allowed[i] & (bpw == bpw[allowed[i]].max())
+        said.append(f"guard: tensors read for every token at >= {GUARD_BPW:g} bpw")
+    unloaded = [i for i, t in enumerate(model.tensors) if not t.loaded and allowed[i].any()]
+    for i in unloaded:
+        options = np.nonzero(allowed[i])[0]
+        best = options[np.argmin(np.abs(bpw[options] - MTP_BPW))]
+        allowed[i] = False
+        allowed[i, best] = True
+    if unloaded:
+        said.append(f"MTP block, not loaded: the type nearest to {MTP_BPW:g} bpw")
+    return said
