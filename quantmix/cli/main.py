@@ -25,7 +25,9 @@ _MODULES = (
     "inspect",
     "models",
     "types",
+    "rigs",
     "doctor",
+    "backtest",
 )
 
 
