@@ -83,10 +83,11 @@ def _print(doc: dict[str, Any], kind: Kind, quiet: bool) -> None:
     from rich.table import Table
 
     out = console(quiet)
-    out.print(_table(doc["bands"], Table(title=f"backtest {kind.value}: {doc['n']} figures")))
+    title = f"backtest {kind.value}: {doc['n']} figures"
+    out.print(_upright(doc["bands"], "band", Table(title=title)))
     regimes = doc.get("controls", {}).get("regimes")
     if regimes:
-        out.print(_table(regimes, Table(title="compute, by what decides the buffer")))
+        out.print(_upright(regimes, "regime", Table(title="compute, by what decides the buffer")))
     wrong = [r for r in doc["rows"] if r.get("ok") is False]
     for row in wrong:
         out.print(f"off: {row['id']}: predicted {row['predicted']}, measured {row['measured']}")
@@ -94,17 +95,17 @@ def _print(doc: dict[str, Any], kind: Kind, quiet: bool) -> None:
         out.print(f"not judged: {n} x {why}", markup=False)
 
 
-def _table(rows: list[dict[str, Any]], table: Any) -> Any:
-    """A rich table with one column per key that any row has."""
-    names = list(dict.fromkeys(key for row in rows for key in row))
-    for name in names:
-        table.add_column(name, justify="left" if name in ("band", "regime") else "right")
+def _upright(rows: list[dict[str, Any]], head: str, table: Any) -> Any:
+    """A rich table with one column per row of `rows` and one line per figure that any has."""
+    table.add_column(head)
     for row in rows:
-        table.add_row(*(_cell(row.get(name)) for name in names))
+        table.add_column(str(row[head]), justify="right")
+    for name in dict.fromkeys(key for row in rows for key in row if key != head):
+        table.add_row(name, *(_cell(row.get(name)) for row in rows))
     return table
 
 
 def _cell(value: Any) -> str:
     if value is None:
         return ""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.4f}".rstrip("0").rstrip(".") if isinstance(value, float) else str(value)
