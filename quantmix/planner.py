@@ -31,6 +31,7 @@ from quantmix.units import GIB
 
 _BOUNDARY_TRIES = 8
 _PRICE_RATIO = 1.25
+_QUICK = Limits(gap=2e-3, seconds=0.0)  # to compare placements
 _SLACK_NATS, _SLACK_SHARE = 0.003, 0.02  # CONTRACT §2: quality slack of stage 2
 
 Seconds = Callable[[Palette], FloatArray]
@@ -119,10 +120,14 @@ class _Search:
         """Search all placements: everything on the GPUs, or with RAM behind them."""
         if not self.rig.has_ram:
             best = self._resident(0)
-            return self._finish(best, best.solution) if best.fits else _shortage(best)
+            if not best.fits:
+                return _shortage(best)
+            best = self._solve(best.placement)
+            return self._finish(best, best.solution)
         best = self._least_host_layers()
         if not best.fits:
             return _shortage(best)
+        best = self._solve(best.placement)
         return self._finish(best, self._fastest(best))
 
     # -- everything on GPUs -----------------------------------------------------------------
@@ -132,14 +137,14 @@ class _Search:
         placement = self._placement(self._even_weights(), host_layers)
         if len(self.rig.gpus) > 1:
             placement = self._placement(self._pooled_weights(placement), host_layers)
-        best = self._solve(placement)
+        best = self._solve(placement, _QUICK)
         tried = {placement.layer_device}
         for _ in range(_BOUNDARY_TRIES if len(self.rig.gpus) > 1 else 0):
             moved = self._next_split(best, tried)
             if moved is None:
                 break
             tried.add(moved.layer_device)
-            other = self._solve(moved)
+            other = self._solve(moved, _QUICK)
             best = other if _better(other.solution, best.solution) else best
         return best
 
@@ -216,12 +221,12 @@ class _Search:
         placement = self._placement(self._even_weights(), host_layers)
         movable = self._movable(placement.layer_device)
         keep = self._experts_kept(replace(placement, cpu_experts=movable))
-        best = self._solve(self._keeping(placement, movable, keep))
+        best = self._solve(self._keeping(placement, movable, keep), _QUICK)
         for gpu in range(len(self.rig.gpus)) if best.fits else ():
             more = [k + (g == gpu) for g, k in enumerate(keep)]
             if more[gpu] > sum(placement.layer_device[i] == gpu for i in movable):
                 continue
-            tried = self._solve(self._keeping(placement, movable, more))
+            tried = self._solve(self._keeping(placement, movable, more), _QUICK)
             if tried.fits and self._cost(tried) < self._cost(best):
                 best, keep = tried, more
         return best
@@ -282,7 +287,7 @@ class _Search:
             objective="seconds",
             budget=best.solution.objective + self._slack(best.solution.objective),
         )
-        found = solve(second, Limits(gap=0.01, nodes=50, seconds=1.0))
+        found = solve(second, _QUICK)
         return best.solution if found.status == "infeasible" else found
 
     def _slack(self, damage: float) -> float:
@@ -368,7 +373,7 @@ class _Search:
         )
         return capacities, levels.astype(np.int64)
 
-    def _solve(self, placement: Placement) -> _Tried:
+    def _solve(self, placement: Placement, limits: Limits | None = None) -> _Tried:
         """Stage 1 for one placement."""
         memory = device_memory(self.model, self.settings, self.rig, placement)
         choices = self._choices(placement, memory)
@@ -383,7 +388,7 @@ class _Search:
         problem = to_problem(
             choices, capacities, levels, constraints, budget=self.goals.max_seconds
         )
-        return _Tried(placement, choices, problem, solve(problem, self.goals.limits))
+        return _Tried(placement, choices, problem, solve(problem, limits or self.goals.limits))
 
     def _finish(self, best: _Tried, solution: Solution) -> Plan:
         """Return the plan of a choice, with the memory of exactly this placement."""

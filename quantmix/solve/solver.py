@@ -40,7 +40,7 @@ _CORE_LIMIT = 6000
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """When to stop: relative gap, nodes and seconds of the exact step."""
+    """When to stop: relative gap, nodes and seconds of the exact step (0 seconds: skip it)."""
 
     gap: float = 8e-5
     nodes: int = 1000
@@ -113,6 +113,9 @@ def _solve_level(
     if limited.any() and not limited.all():
         part = _solve_level(cost, use[limited], capacity[limited], limits, level)
         return _with_free_pools(part, use, limited)
+    owner = _owners(cost, use)
+    if owner is not None and len(np.unique(owner)) > 1:
+        return _separately(cost, use, capacity, owner, limits, level)
     start = _dual(cost, use, capacity)
     if start is None:
         return _infeasible(cost, use, capacity, level)
@@ -126,7 +129,7 @@ def _solve_level(
     enough = limits.gap * max(bound, 0.0)
     choice = _by_pools(cost, use, capacity, choice, prices, bound, enough)
     objective = _total(cost, choice)
-    if objective - bound > limits.gap * abs(objective):
+    if limits.seconds > 0 and objective - bound > limits.gap * abs(objective):
         better, proven = _exact(cost, use, capacity, prices, bound, choice, limits)
         bound = max(bound, min(proven, objective))
         if better is not None:
@@ -134,6 +137,53 @@ def _solve_level(
             if _total(cost, better) < objective:
                 choice, objective = better, _total(cost, better)
     return Solution("feasible", choice, objective, bound, prices, usage(use, choice), level)
+
+
+def _owners(cost: FloatArray, use: FloatArray) -> IntArray | None:
+    """Return the only pool that each group uses, or None when a group uses several."""
+    touched = (np.where(np.isfinite(cost), use, 0.0) != 0).any(axis=2)
+    if (touched.sum(axis=0) > 1).any():
+        return None
+    owner: IntArray = touched.argmax(axis=0).astype(np.int64)
+    return owner
+
+
+def _separately(
+    cost: FloatArray,
+    use: FloatArray,
+    capacity: FloatArray,
+    owner: IntArray,
+    limits: Limits,
+    level: int,
+) -> Solution:
+    """Solve every pool on its own when no group uses two; the bounds add up."""
+    n_groups, n_pools = len(cost), len(capacity)
+    choice = np.zeros(n_groups, dtype=np.int64)
+    prices, shortfall = np.zeros(n_pools), np.zeros(n_pools)
+    bound, feasible = 0.0, True
+    each = replace(limits, seconds=limits.seconds / n_pools)
+    for p in range(n_pools):
+        mine = np.nonzero(owner == p)[0]
+        if len(mine) == 0:
+            shortfall[p] = max(0.0, -float(capacity[p]))
+            feasible &= bool(capacity[p] >= 0)
+            continue
+        part = _solve_level(cost[mine], use[[p]][:, mine], capacity[[p]], each, level)
+        prices[p] = part.prices[0]
+        if part.status == "infeasible":
+            feasible = False
+            shortfall[p] = part.shortfall[0]
+            continue
+        choice[mine] = part.choice
+        bound += part.lower_bound
+    if not feasible:
+        nothing = np.zeros(0, dtype=np.int64)
+        return Solution(
+            "infeasible", nothing, np.inf, np.inf, prices, np.zeros(n_pools), level, shortfall
+        )
+    return Solution(
+        "feasible", choice, _total(cost, choice), bound, prices, usage(use, choice), level
+    )
 
 
 def _by_pools(
