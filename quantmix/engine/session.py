@@ -16,6 +16,7 @@ from quantmix.errors import BadFile, EngineError, UsageError
 
 Tokens = NDArray[np.int32]
 Logits = NDArray[np.float32]
+OnNode = Callable[[int, bool], bool]
 
 _F16 = 1  # ggml type id of the default KV cache
 
@@ -39,6 +40,7 @@ class Session:
         mmap: map the weights; False gives private copies that `set_weights` may change.
         on_node: evaluation callback `(tensor pointer, ask) -> bool`, see `imatrix`.
         fused: let the engine fuse up and gate; False shows every matmul to `on_node`.
+        reuse: keep the compute graph between decodes; off when weights change type in between.
 
     Raises:
         BadFile: the engine cannot load the file.
@@ -53,8 +55,9 @@ class Session:
         n_seq: int = 1,
         threads: int | None = None,
         mmap: bool = True,
-        on_node: Callable[[int, bool], bool] | None = None,
+        on_node: OnNode | None = None,
         fused: bool = True,
+        reuse: bool = True,
     ) -> None:
         self._lib = native.load()
         self.n_ctx = n_ctx
@@ -67,21 +70,27 @@ class Session:
         self.n_vocab: int = self._lib.llama_n_vocab(self._model)
         fits = max(1, _LOGITS_BYTES // (4 * self.n_vocab * (n_ctx // 2)))
         self.n_seq = max(1, min(n_seq, fits))
+        self._reuse = reuse
+        self._threads = threads or default_threads()
+        self._buffers = _BatchBuffers(self.n_seq, n_ctx)
+        self._open_context(on_node, fused)
+
+    def _open_context(self, on_node: OnNode | None, fused: bool) -> None:
+        """Make the context, in place of the one before."""
+        if self._ctx:
+            self._lib.llama_free(self._ctx)
         self._callback = native.EvalCallback(
             (lambda tensor, ask, _: on_node(tensor, ask)) if on_node else 0
         )
-        self._open_context(threads or default_threads(), fused)
-        self._buffers = _BatchBuffers(self.n_seq, n_ctx)
-
-    def _open_context(self, threads: int, fused: bool) -> None:
         params = self._lib.llama_context_default_params()
         params.n_ctx = self.n_ctx * self.n_seq
         params.n_batch = self.n_ctx * self.n_seq
         params.n_ubatch = min(512, params.n_batch)
         params.n_seq_max = self.n_seq
-        params.n_threads = params.n_threads_batch = threads
+        params.n_threads = params.n_threads_batch = self._threads
         params.cb_eval = self._callback
         params.fused_up_gate = params.fused_moe_up_gate = params.fused_mmad = fused
+        params.graph_reuse = self._reuse
         self._ctx = self._lib.llama_init_from_model(self._model, params)
         if not self._ctx:
             self.close()
@@ -110,6 +119,29 @@ class Session:
         """Return the address of a weight tensor by its GGUF name, None when not loaded."""
         address: int | None = self._lib.llama_get_model_tensor(self._model, name.encode())
         return address
+
+    def weight_addresses(self, names: set[str]) -> dict[str, list[int]]:
+        """Return every copy in memory of the named weights: addresses of ggml tensors.
+
+        A tied head has its own copy under the same name, which no lookup by name returns, so one
+        short run watches which tensors the graph really reads.
+        """
+        seen: dict[str, list[int]] = {}
+
+        def watch(address: int, ask: bool) -> bool:
+            node = native.Tensor.from_address(address)
+            for source in node.src:
+                if source:
+                    label: bytes = native.Tensor.from_address(source).name
+                    name = label.decode("utf-8", "replace")
+                    if name in names and source not in seen.setdefault(name, []):
+                        seen[name].append(source)
+            return False
+
+        self._open_context(watch, fused=False)
+        self.logits(np.zeros((1, self.n_ctx), np.int32), self.n_ctx - 1, self.n_ctx)
+        self._open_context(None, fused=True)
+        return seen
 
     def tokenize(self, text: str) -> Tokens:
         """Return the tokens of `text`, int32 [n], with BOS where the model asks for it.
