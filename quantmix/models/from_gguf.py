@@ -16,7 +16,7 @@ from quantmix.ggml.header import RawArray
 from quantmix.ggml.shards import GgufSet
 from quantmix.models.arch import ARCHITECTURES, base
 from quantmix.models.catalog import CatalogEntry, find
-from quantmix.models.model import HParams, Layout, Model
+from quantmix.models.model import MAX_LAYERS, HParams, Layout, Model
 
 Shapes = Mapping[str, tuple[int, ...]]
 _QUANT_SUFFIX: Final = re.compile(
@@ -86,6 +86,8 @@ def hparams_of(kv: _Keys, shapes: Shapes, arch: str) -> HParams:
     """
     nextn = kv.count("nextn_predict_layers")
     blocks = kv.count("block_count") or _blocks(shapes)
+    if blocks > MAX_LAYERS:
+        raise BadFile(f"{kv.source}: {blocks} blocks (at most {MAX_LAYERS} are believed)")
     in_file = 0 < nextn < blocks and any(n.startswith(f"blk.{blocks - 1}.nextn.") for n in shapes)
     n_layer = blocks - nextn if in_file else blocks
     embd = shapes.get("token_embd.weight", (kv.count("embedding_length"), 0))
@@ -251,7 +253,7 @@ def _blocks(shapes: Shapes) -> int:
 
 def _ranges(layers: list[int], n_blocks: int) -> str:
     """Write layers as the catalog does: `all` or `0-2,6,10` (`mla.indexer_layers` reads it)."""
-    if layers == list(range(n_blocks)):
+    if layers and len(layers) == n_blocks:
         return "all"
     parts: list[str] = []
     i = 0

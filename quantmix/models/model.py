@@ -9,6 +9,8 @@ from typing import Literal
 
 Layout = Literal["split", "legacy", "ik", "plain"]
 
+MAX_LAYERS = 4096  # more than any model has; bounds what a lying file can make us walk
+
 
 @dataclass(frozen=True, slots=True)
 class HParams:

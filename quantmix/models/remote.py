@@ -12,6 +12,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
+from collections.abc import Mapping
 from typing import Any, Final
 
 from quantmix.errors import BadFile
@@ -27,19 +28,26 @@ _RETRIED: Final = frozenset({408, 425, 429, 500, 502, 503, 504})
 _URL_SHARD: Final = re.compile(r"^(.+)-(\d{5})-of-(\d{5})\.gguf$")
 
 
-def read_url(url: str, *, timeout: float = TIMEOUT_SECONDS, pause: float = 1.0) -> GgufSet:
+def read_url(
+    url: str,
+    *,
+    timeout: float = TIMEOUT_SECONDS,
+    pause: float = 1.0,
+    headers: Mapping[str, str] | None = None,
+) -> GgufSet:
     """Read the headers of a GGUF at an http(s) URL, of all shards when it is one of several.
 
     Args:
         timeout: seconds without an answer before an attempt is given up.
         pause: seconds before the second attempt, doubled before each further one.
+        headers: sent with every request, but not to where it is redirected.
 
     Raises:
         BadFile: not reachable after retries, refused by the server, or not a GGUF.
     """
     urls = shard_urls(url)
-    headers = tuple(_read_one(u, timeout, pause) for u in urls)
-    return merge(headers, prefix_of(_file_name(url)))
+    found = tuple(_read_one(u, timeout, pause, headers or {}) for u in urls)
+    return merge(found, prefix_of(_file_name(url)))
 
 
 def shard_urls(url: str) -> list[str]:
@@ -66,8 +74,8 @@ def _file_name(url: str) -> str:
     return urllib.parse.unquote(urllib.parse.urlsplit(url).path.rpartition("/")[2])
 
 
-def _read_one(url: str, timeout: float, pause: float) -> Header:
-    source = HttpSource(url, timeout, pause)
+def _read_one(url: str, timeout: float, pause: float, headers: Mapping[str, str]) -> Header:
+    source = HttpSource(url, timeout, pause, headers)
     try:
         return parse(source)
     finally:
@@ -77,8 +85,15 @@ def _read_one(url: str, timeout: float, pause: float) -> Header:
 class HttpSource:
     """A ByteSource over http(s); state: the open stream, where it stands, the size once known."""
 
-    def __init__(self, url: str, timeout: float = TIMEOUT_SECONDS, pause: float = 1.0) -> None:
+    def __init__(
+        self,
+        url: str,
+        timeout: float = TIMEOUT_SECONDS,
+        pause: float = 1.0,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
         self.name = url
+        self.headers = dict(headers or {})
         self.timeout, self.pause = timeout, pause
         self.size: int | None = None
         self._stream: Any = None
@@ -139,11 +154,14 @@ class HttpSource:
         request = urllib.request.Request(
             self.name,
             headers={
+                "User-Agent": "quantmix",
                 "Range": f"bytes={offset}-{offset + count - 1}",
                 "Accept-Encoding": "identity",
-                "User-Agent": "quantmix",
             },
         )
+        for key, value in self.headers.items():
+            # A redirect may lead to another host, which must not see an access token.
+            request.add_unredirected_header(key, value)
         stream = urllib.request.urlopen(request, timeout=self.timeout)
         self._stream, self._at = stream, 0
         if stream.status == 206:

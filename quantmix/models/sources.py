@@ -19,8 +19,8 @@ def load_model(spec: str, *, layout: str | None = None) -> Model:
     """Return the model that `spec` names, with its tensors in file order.
 
     Args:
-        spec: a GGUF file (any shard finds the rest), a folder of GGUF shards, an http(s) URL
-            of a GGUF, or a name of the catalog.
+        spec: a GGUF file (any shard finds the rest), a folder of GGUF shards or of a Hugging Face
+            checkpoint, an http(s) URL of a GGUF, `hf:org/name`, or a name of the catalog.
         layout: for MLA models that are not GGUF files: `split` (default), `legacy` or `ik`.
 
     Raises:
@@ -32,7 +32,16 @@ def load_model(spec: str, *, layout: str | None = None) -> Model:
         from quantmix.models.remote import read_url
 
         return _as_stored(read_url(spec), spec, layout)
+    if spec.startswith("hf:"):
+        from quantmix.models.hub import model_from_hub
+
+        return model_from_hub(spec.removeprefix("hf:"), layout)
     path = Path(spec).expanduser() if spec and "\0" not in spec else None
+    if path is not None and path.is_dir() and (path / "config.json").is_file():
+        from quantmix.models.huggingface import model_from_folder
+
+        if not any(path.glob("*.gguf")):
+            return model_from_folder(path, layout)
     if path is not None and (path.exists() or _is_path(spec)):
         return _as_stored(read_set(path), str(path), layout)
     return from_catalog(find(spec), layout)

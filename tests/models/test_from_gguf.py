@@ -91,6 +91,7 @@ def test_unknown_architecture_is_taken_as_it_is(tmp_path: Path) -> None:
         ({"general.architecture": 7}, "general.architecture is missing"),
         ({"general.architecture": "llama", "llama.block_count": "ten"}, "not a count"),
         ({"general.architecture": "llama", "llama.block_count": 1 << 40}, "not a count"),
+        ({"general.architecture": "llama", "llama.block_count": 1 << 30}, "blocks"),
         ({"general.architecture": "llama", "llama.attention.head_count": -1}, "not a count"),
         (
             {"general.architecture": "llama", "llama.attention.head_count_kv": [1, -2]},
