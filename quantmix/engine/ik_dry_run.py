@@ -1,0 +1,185 @@
+"""What the real ik `llama-quantize` would make of a file: its dry run, parsed tensor by tensor."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from math import prod
+from pathlib import Path
+from typing import Any, Final
+
+from quantmix.engine.find import Program, find_program, package_folder
+from quantmix.errors import EngineError
+from quantmix.ggml import types as ggml
+from quantmix.units import MIB
+
+_SECONDS: Final = 600
+_RECORD: Final = re.compile(
+    r"\[\s*\d+/\s*\d+\]\s+(?P<name>\S+)\s+-\s+\[(?P<shape>[\d ,]+)\],\s+type\s*=\s*(?P<old>\w+),"
+)
+_CONVERTED: Final = re.compile(
+    r"converting to (?P<type>\w+) \.\. size =\s*[\d.]+ MiB ->\s*(?P<after>[\d.]+) MiB"
+)
+_KEPT: Final = re.compile(r"size =\s*(?P<size>[\d.]+) MB")
+_TOTAL: Final = re.compile(r"quant size\s*=\s*([\d.]+) MB")
+
+
+@dataclass(frozen=True, slots=True)
+class DryTensor:
+    """One tensor of a dry run.
+
+    Attributes:
+        shape: ggml order, trailing ones dropped.
+        type: what the engine would write; `kept` when it copies the tensor.
+        bytes: rows × the engine's own row size of that type.
+        printed_mib, digits: the size that it printed and its decimals.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    type: str
+    kept: bool
+    bytes: int
+    printed_mib: float
+    digits: int
+
+    @property
+    def print_agrees(self) -> bool:
+        """Whether the printed size is `bytes`, within the rounding of the print."""
+        return abs(self.bytes / MIB - self.printed_mib) <= 0.5 * 10.0**-self.digits + 1e-9
+
+
+@dataclass(frozen=True, slots=True)
+class DryRun:
+    """A dry run over a whole file; `sizes_by` says whose row sizes the bytes rest on."""
+
+    tensors: Mapping[str, DryTensor]
+    printed_total_mib: float
+    program: Program
+    sizes_by: str
+
+
+def start(
+    ghost: Path, rules: Sequence[str], ftype: str, llama_bin: str | Path | None = None
+) -> Running:
+    """Start a dry run; `finish` waits for it.
+
+    Raises:
+        EngineMissing: there is no llama-quantize.
+        EngineError: it cannot be started.
+    """
+    program = find_program("llama-quantize", llama_bin)
+    command = [
+        str(program.path),
+        *("--dry-run", "--ignore-imatrix-rules", "--custom-q", ",".join(rules)),
+        *(str(ghost), str(ghost.with_name("never-written.gguf")), ftype),
+    ]
+    try:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            encoding="utf-8",
+            errors="replace",
+        )
+    except OSError as err:
+        raise EngineError(f"{program.path} cannot be started: {err}") from err
+    return Running(process, program)
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A dry run under way."""
+
+    process: subprocess.Popen[str]
+    program: Program
+
+    def finish(self) -> DryRun:
+        """Wait and parse.
+
+        Raises:
+            EngineError: it failed, took too long, or printed what this module cannot read.
+        """
+        try:
+            _, log = self.process.communicate(timeout=_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            raise EngineError(f"{self.program.path} --dry-run took over {_SECONDS} s") from None
+        if self.process.returncode != 0:
+            raise EngineError(
+                f"{self.program.path} --dry-run ended with {self.process.returncode}: "
+                f"{_last_words(log)}"
+            )
+        return parse(log, self.program)
+
+
+def parse(log: str, program: Program) -> DryRun:
+    """Read the log of a dry run (stderr alone; research: ik-quantize-semantics §8).
+
+    The type is taken from `converting to`, never from `Using custom type`.
+
+    Raises:
+        EngineError: a record has neither a new type nor a kept size, or there is no record.
+    """
+    row_size = engine_row_size() if program.origin == "ik-llama-cpp-python" else None
+    found: dict[str, DryTensor] = {}
+    starts = list(_RECORD.finditer(log))
+    for here, following in zip(starts, [*starts[1:], None], strict=True):
+        body = log[here.end() : following.start() if following else len(log)]
+        found[here["name"]] = _tensor(here, body, row_size)
+    total = _TOTAL.search(log)
+    if not found or total is None:
+        raise EngineError(f"{program.path} --dry-run printed no tensors: {_last_words(log)}")
+    by = "ggml_row_size of the engine" if row_size else "quantmix's table of types"
+    return DryRun(found, float(total[1]), program, by)
+
+
+def _tensor(record: re.Match[str], body: str, row_size: Any) -> DryTensor:
+    shape = tuple(int(n) for n in record["shape"].split(","))
+    while len(shape) > 1 and shape[-1] == 1:
+        shape = shape[:-1]
+    converted = _CONVERTED.search(body)
+    kept = None if converted else _KEPT.search(body)
+    if converted:
+        name, text = converted["type"], converted["after"]
+    elif kept:
+        name, text = record["old"], kept["size"]
+    else:
+        raise EngineError(f"cannot read the engine's record of {record['name']}: {body[:120]!r}")
+    kind = ggml.get(name, "ik")
+    row = row_size(kind.id, shape[0]) if row_size else kind.row_bytes(shape[0])
+    return DryTensor(
+        record["name"],
+        shape,
+        name,
+        converted is None,
+        int(row) * prod(shape[1:]),
+        float(text),
+        len(text.partition(".")[2]),
+    )
+
+
+@cache
+def engine_row_size() -> Any:
+    """Return `ggml_row_size(type id, columns)` of the packaged engine, or None without it."""
+    folder = package_folder()
+    library = folder / "lib" / "libggml.so" if folder else None
+    if library is None or not library.is_file():
+        return None
+    try:
+        lib = ctypes.CDLL(str(library))
+        lib.ggml_row_size.restype = ctypes.c_size_t
+        lib.ggml_row_size.argtypes = [ctypes.c_int, ctypes.c_int64]
+    except (OSError, AttributeError):
+        return None
+    return lib.ggml_row_size
+
+
+def _last_words(log: str) -> str:
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    return " | ".join(lines[-3:]) or "it printed nothing"
