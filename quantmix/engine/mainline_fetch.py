@@ -26,7 +26,10 @@ _FOLDERS: Final = {"x86_64": "linux-x64", "aarch64": "linux-arm64"}
 
 
 def cache_folder() -> Path:
-    """Where quantmix keeps what it fetched: `$XDG_CACHE_HOME/quantmix` or `~/.cache/quantmix`."""
+    """Where quantmix keeps what it fetched: `QUANTMIX_CACHE`, else ~/.cache/quantmix (or XDG's)."""
+    named = os.environ.get("QUANTMIX_CACHE")
+    if named:
+        return Path(named)
     base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     return Path(base) / "quantmix"
 

@@ -1,4 +1,4 @@
-"""Perplexity and KL divergence of a GGUF, measured with the packaged engine.
+"""Perplexity and KL divergence of a GGUF, measured with the packaged engine or mainline's library.
 
 The definition is llama-perplexity's.
 
@@ -23,10 +23,13 @@ import numpy as np
 from quantmix.engine import child, native, scores
 from quantmix.engine.child import Emit
 from quantmix.engine.logprobs import BaseInfo, BaseReader, BaseWriter, create
+from quantmix.engine.mainline_find import find_mainline
+from quantmix.engine.mainline_session import MainlineSession
 from quantmix.engine.scores import Divergence, LogRatio, Perplexity, Scores
 from quantmix.engine.session import Session, Tokens, default_threads
 from quantmix.engine.weights import open_weights
 from quantmix.errors import BadFile
+from quantmix.ggml.types import Engine
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +92,7 @@ def evaluate(
     n_ctx: int = 512,
     chunks: int | None = None,
     threads: int | None = None,
+    engine: Engine = "ik",
     on_event: Emit | None = None,
 ) -> Evaluation:
     """Measure a GGUF in a child process.
@@ -98,6 +102,7 @@ def evaluate(
         logits_base: file of base log-probabilities: read when it is there, else written (which
             needs `base`).
         chunks: at most so many chunks; default all.
+        engine: whose kernels compute it; numbers of two engines are not comparable (1e-3).
         on_event: progress, `{"chunk": i, "of": n, "ppl": x}`.
 
     Raises:
@@ -119,6 +124,7 @@ def evaluate(
             "n_ctx": n_ctx,
             "chunks": chunks,
             "threads": threads,
+            "engine": engine,
             "arrays": str(arrays),
         }
         result = child.run("quantmix.engine.perplexity:task", request, on_event)
@@ -140,7 +146,7 @@ def evaluate(
 class Evaluator:
     """Runs chunks through a session and scores them; holds the thread pool and the clock."""
 
-    def __init__(self, session: Session, threads: int) -> None:
+    def __init__(self, session: Session | MainlineSession, threads: int) -> None:
         self.session = session
         self.forward_seconds = 0.0
         self._pool = ThreadPoolExecutor(threads) if threads > 1 else None
@@ -184,11 +190,12 @@ def task(request: dict[str, Any], emit: Emit) -> dict[str, Any]:
     threads = request["threads"] or default_threads()
     n_ctx = request["n_ctx"]
     with ExitStack() as stack:
-        model = stack.enter_context(Session(Path(request["model"]), n_ctx=n_ctx, threads=threads))
+        model = _open(request, request["model"], threads, stack)
         runner = Evaluator(model, threads)
         tokens = model.tokenize(corpus.text)
         chunks = model.chunks(tokens, request["chunks"])
-        describe = _describer(corpus, tokens, n_ctx, len(chunks), model.n_vocab)
+        engine = engine_id(request["engine"])
+        describe = _describer(engine, corpus, tokens, n_ctx, len(chunks), model.n_vocab)
         source = _base_source(request, describe, threads, stack)
         parts: list[Scores] = []
         total = 0.0
@@ -200,7 +207,6 @@ def task(request: dict[str, Any], emit: Emit) -> dict[str, Any]:
         forward = runner.forward_seconds + (source.forward_seconds if source else 0.0)
     merged = join(parts)
     np.savez(request["arrays"], **{k: v for k, v in vars(merged).items() if v is not None})
-    engine = native.engine_id()
     return {
         "chunks": len(chunks),
         "corpus_sha256": corpus.sha256,
@@ -233,9 +239,36 @@ class _BaseSource:
         return rows
 
 
-def _describer(corpus: Corpus, tokens: Tokens, n_ctx: int, n_chunk: int, n_vocab: int) -> Any:
+def engine_id(engine: Engine) -> native.EngineId:
+    """Return name and build of the engine that `evaluate` would use.
+
+    Raises:
+        EngineMissing: it is not installed.
+    """
+    if engine == "ik":
+        return native.engine_id()
+    return native.EngineId("mainline", find_mainline("memory").version)
+
+
+def _open(
+    request: dict[str, Any], path: str, threads: int, stack: ExitStack
+) -> Session | MainlineSession:
+    """Load a model with the engine of the request; `stack` closes it."""
+    file, n_ctx = Path(path), request["n_ctx"]
+    if request["engine"] == "mainline":
+        return stack.enter_context(MainlineSession(file, n_ctx=n_ctx, threads=threads))
+    return stack.enter_context(Session(file, n_ctx=n_ctx, threads=threads))
+
+
+def _describer(
+    engine: native.EngineId,
+    corpus: Corpus,
+    tokens: Tokens,
+    n_ctx: int,
+    n_chunk: int,
+    n_vocab: int,
+) -> Any:
     """Return a function: GGUF path → BaseInfo of a run of it on these tokens."""
-    engine = native.engine_id()
     token_hash = hashlib.sha256(tokens[: n_ctx * n_chunk].tobytes()).hexdigest()[:32]
 
     def describe(path: str) -> BaseInfo:
@@ -273,7 +306,7 @@ def _base_source(
         raise BadFile(
             f"{base} is not the base of {request['model']}: names, shapes or norms differ"
         )
-    session = stack.enter_context(Session(Path(base), n_ctx=request["n_ctx"], threads=threads))
+    session = _open(request, base, threads, stack)
     writer = stack.enter_context(create(Path(stored), theirs)) if stored else None
     return _BaseSource(None, Evaluator(session, threads), writer)
 

@@ -15,6 +15,7 @@ from quantmix.errors import EngineError, EngineMissing
 @pytest.fixture
 def empty_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """An empty cache folder, and a PATH with an empty folder on it."""
+    monkeypatch.delenv("QUANTMIX_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     programs = tmp_path / "bin"
     programs.mkdir()

@@ -16,7 +16,7 @@ from quantmix.errors import EngineError, EngineMissing, UsageError
 @pytest.fixture
 def bare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A machine without any mainline: empty PATH, cache, working folder and no xllamacpp."""
-    for name in ("QUANTMIX_LIBLLAMA", "QUANTMIX_LLAMA_BIN"):
+    for name in ("QUANTMIX_LIBLLAMA", "QUANTMIX_LLAMA_BIN", "QUANTMIX_CACHE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
