@@ -1,7 +1,7 @@
 """Refits the constants of the speed model: `python -m quantmix.speed.fit --logs FILE`.
 
 Every constant is fitted in its logarithm, by least squares on ln(predicted/measured) with a loss
-that is linear beyond 20 %, and drawn towards the prior below as if that were one more measurement
+that is linear beyond 8 %, and drawn towards the prior below as if that were one more measurement
 with 60 % spread: classes with a single machine stay near it. Rows of one case share one vote.
 The band is the 90 % quantile of |ln(predicted/measured)| when the group of rows that share rig and
 model family is left out of the fit; the calibrated band scales each rig by its other cases.
@@ -27,7 +27,7 @@ from quantmix.speed.roofline import prompt_seconds, token_seconds
 
 Key = tuple[str, str]
 _SPREAD: Final = 0.6
-_LINEAR_BEYOND: Final = 0.2
+_LINEAR_BEYOND: Final = 0.08
 _MOST_SHARE: Final = 0.98  # no memory is read faster than its bandwidth
 SHORT: Final = 1000  # n_kv below which a row is about weights, not about the cache
 
@@ -54,6 +54,7 @@ _TG_PRIORS: Final[dict[Key, float]] = {
     ("og_ms", "mla"): 0.12,
     ("oc_ms", "layer"): 0.1,
     ("oh_ms", "layer"): 0.15,
+    ("kvq_ms", "layer"): 0.02,
     ("eta_kv_gpu", "gqa"): 0.5,
     ("eta_kv_cpu", "gqa"): 0.5,
     ("eta_kv_gpu", "mla"): 0.25,

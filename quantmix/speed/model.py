@@ -81,8 +81,10 @@ def fixed_seconds(
     with_experts = {t.layer for t in model.tensors if t.role.endswith("_exps") and t.loaded}
     on_gpu = [i for i, d in enumerate(homes) if d != HOST]
     waiting = [i for i in on_gpu if i in placement.cpu_experts and i in with_experts]
+    quantized = settings.ctk not in ("f16", "bf16", "f32") and not settings.nkvo
+    per_layer = known["og_ms", model_kind(model)] + known["kvq_ms", "layer"] * quantized
     seconds = 1e-3 * (
-        len(on_gpu) * known["og_ms", model_kind(model)]
+        len(on_gpu) * per_layer
         + (len(homes) - len(on_gpu)) * known["oc_ms", "layer"]
         + len(waiting) * known["oh_ms", "layer"]
     )

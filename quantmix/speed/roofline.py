@@ -4,7 +4,7 @@
       + layers · og                                              launches per layer on a GPU
       + full · max(bytes / (eta · BW), Σ params / (cores · rate · kappa))   weights read from RAM
       + cpu_expert_layers · oh + cpu_layers · oc                 barriers per layer
-      + kv_bytes / (eta_kv · BW)
+      + gpu_layers · kvq  (quantized cache)  + kv_bytes / (eta_kv · BW)
 
 Devices work one after the other (layers are sequential), so their times add. eta and kappa are
 per class of device, og per kind of model (dense, moe, mla), rates per type (`types.csv`,
@@ -59,6 +59,7 @@ class Load:
         decode_gparams: active params in RAM over their type's rate, in core-seconds · 1e0:
             Σ params / (rate · 1e9), to be divided by cores and kappa.
         cores, isa: of the CPU. all_cores: as many threads as cores, none left for the system.
+        quantized_cache: the KV cache is not 16-bit: a little slower on a GPU.
         active_params: all params used per token; cpu_params: those in RAM.
         ram_expert_bytes: routed experts in RAM, whole. experts, experts_used: of the model.
     """
@@ -73,6 +74,7 @@ class Load:
     cores: int
     isa: str
     all_cores: bool = False
+    quantized_cache: bool = False
     active_params: float = 0.0
     cpu_params: float = 0.0
     ram_expert_bytes: float = 0.0
@@ -96,7 +98,10 @@ def efficiency(constants: Constants, reader: Reader, what: str) -> float:
 def token_seconds(load: Load, constants: Constants) -> float:
     """Seconds to generate one token."""
     latent = "mla" if load.kind == "mla" else "gqa"
-    t = load.gpu_layers * constants[("og_ms", load.kind)] * _MS
+    per_layer = constants[("og_ms", load.kind)]
+    if load.quantized_cache:
+        per_layer += constants[("kvq_ms", "layer")]
+    t = load.gpu_layers * per_layer * _MS
     for gpu in load.gpus:
         rate = gpu.bandwidth_gbs * _GB
         slow = constants[("slow", gpu.family)] if gpu.family else 1.0
