@@ -158,6 +158,16 @@ class Recipe:
         doc["tensors"] = [_plain(t) for t in self.tensors]
         return doc
 
+    def save(self, folder: str | Path, *, figures: bool = True) -> Path:
+        """Write the recipe folder of CONTRACT §2, all or nothing, and return it.
+
+        Raises:
+            UsageError: the folder cannot be written.
+        """
+        from quantmix.emit.folder import write_folder
+
+        return write_folder(self, folder, figures=figures)
+
     @classmethod
     def from_json(cls, doc: dict[str, Any]) -> Recipe:
         """Rebuild a recipe from `to_json`.

@@ -1,0 +1,38 @@
+"""Writing files so that nobody ever sees half of one: beside, fsync, rename."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+from quantmix.errors import UsageError
+
+
+def write_bytes(path: str | Path, data: bytes) -> None:
+    """Write `data` to `path`, all or nothing.
+
+    Raises:
+        UsageError: the place cannot be written.
+    """
+    target = Path(path)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{target.name}-", dir=target.parent)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(name, 0o644)
+            os.replace(name, target)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+    except OSError as err:
+        raise UsageError(f"cannot write {target}: {err.strerror}") from err
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write `text` as UTF-8 to `path`, all or nothing."""
+    write_bytes(path, text.encode("utf-8"))

@@ -1,0 +1,120 @@
+"""Figures of a recipe: memory per device, and the type of every tensor over the layers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from quantmix.units import GIB
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from quantmix.recipe import PlannedTensor, Recipe
+
+# Okabe-Ito: told apart by people who see colours differently.
+COMPONENTS = (
+    ("weights_bytes", "weights", "#0072B2"),
+    ("kv_bytes", "KV cache", "#E69F00"),
+    ("derived_bytes", "built at load", "#CC79A7"),
+    ("compute_bytes", "compute buffer", "#009E73"),
+    ("reserve_bytes", "reserve", "#999999"),
+)
+_INK, _GRID = "#222222", "#DDDDDD"
+
+
+def save(figure: Figure, path: Any) -> None:
+    """Write a PNG without metadata, so that the same recipe gives the same bytes."""
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+
+
+def memory_figure(recipe: Recipe) -> Figure:
+    """Return bars of what every device holds, against its capacity."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    devices = recipe.devices
+    figure = Figure(figsize=(8.4, 1.5 + 0.46 * len(devices)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for row, device in enumerate(devices):
+        left = 0.0
+        for key, label, colour in COMPONENTS:
+            width = getattr(device, key) / GIB
+            if width:
+                axes.barh(row, width, left=left, color=colour, height=0.62, label=label)
+                left += width
+        if device.capacity_bytes is not None:
+            edge = device.capacity_bytes / GIB
+            axes.plot([edge, edge], [row - 0.42, row + 0.42], color=_INK, linewidth=1.6)
+    axes.set_yticks(range(len(devices)), [d.name for d in devices])
+    axes.invert_yaxis()
+    axes.set_xlabel("GiB (the line is the capacity)")
+    axes.set_title(f"{recipe.model.id}: memory at {recipe.settings.ctx} context", loc="left")
+    _tidy(axes)
+    handles, labels = axes.get_legend_handles_labels()
+    unique = dict(zip(labels, handles, strict=True))
+    figure.legend(
+        list(unique.values()), list(unique), ncols=5, loc="outside lower center", frameon=False
+    )
+    return figure
+
+
+def types_figure(recipe: Recipe) -> Figure:
+    """Return a map of roles against layers, coloured by bits per weight, types named."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    roles, grid, names = role_grid(recipe)
+    figure = Figure(figsize=(10.5, 1.9 + 0.32 * len(roles)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    image = axes.imshow(grid, aspect="auto", cmap="viridis", vmin=1.5, vmax=8.5)
+    axes.set_yticks(range(len(roles)), roles, fontsize=8)
+    axes.set_xlabel("layer")
+    axes.set_title(f"{recipe.model.id}: {recipe.size.bpw:.3f} bpw, types by layer", loc="left")
+    for row, cells in enumerate(names):
+        start = 0
+        for col in range(1, len(cells) + 1):
+            if col == len(cells) or cells[col] != cells[start]:
+                if cells[start] and col - start >= 0.75 * len(cells[start]):
+                    shade = "white" if grid[row][start] < 5.5 else "black"
+                    axes.text(
+                        (start + col - 1) / 2,
+                        row,
+                        cells[start],
+                        ha="center",
+                        va="center",
+                        fontsize=6.5,
+                        color=shade,
+                    )
+                start = col
+    figure.colorbar(image, ax=axes, label="bits per weight", pad=0.01)
+    return figure
+
+
+def role_grid(recipe: Recipe) -> tuple[list[str], list[list[float]], list[list[str]]]:
+    """Return roles, their bits per weight per layer (nan where absent) and their type names."""
+    blocks = [t for t in recipe.tensors if t.layer is not None and not t.type.startswith("f")]
+    n_layers = max((t.layer or 0 for t in blocks), default=0) + 1
+    roles = list(dict.fromkeys(t.role for t in blocks))
+    index = {role: i for i, role in enumerate(roles)}
+    grid = [[float("nan")] * n_layers for _ in roles]
+    names = [[""] * n_layers for _ in roles]
+    for t in blocks:
+        grid[index[t.role]][t.layer or 0] = bits(t)
+        names[index[t.role]][t.layer or 0] = t.type
+    return roles, grid, names
+
+
+def bits(tensor: PlannedTensor) -> float:
+    """Return bits per weight of a planned tensor."""
+    n = 1
+    for size in tensor.shape:
+        n *= size
+    return 8 * tensor.bytes / n
+
+
+def _tidy(axes: Any) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="x", color=_GRID, linewidth=0.8)
+    axes.set_axisbelow(True)

@@ -1,0 +1,307 @@
+"""A design as it is asked for on the command line or in a pipeline, and its fulfilment."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from quantmix.budget import Budget
+from quantmix.design import Design, Options, run
+from quantmix.engine.ghost import CheckResult, DryCheck, dry_run, static_problems
+from quantmix.errors import CheckFailed, UsageError
+from quantmix.files import write_text
+from quantmix.models.model import Model
+from quantmix.palette import TypeLimits
+from quantmix.planner import Goals
+from quantmix.recipe import Recipe
+from quantmix.solve.solver import Limits
+
+PROFILES = {"generate": 512, "prompt": 4096}
+"""ubatch per profile: speed-model §3, prompt speed grows nearly linearly up to 4096."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """The flags of `quantmix design`, as text where the command line has text."""
+
+    model: str
+    vram: str | None = None
+    gpus: str | None = None
+    rig: str | None = None
+    size: str | None = None
+    ram: str | None = None
+    ram_reserve: str | None = None
+    reserve: str | None = None
+    desktop: bool = False
+    engine: str = "ik"
+    engine_build: str | None = None
+    ctx: str = "32768"
+    ctk: str = "f16"
+    ctv: str | None = None
+    ubatch: int | None = None
+    batch: int | None = None
+    profile: str | None = None
+    parallel: int = 1
+    mla: int = 3
+    amb: int = 256
+    nkvo: bool = False
+    mtp: bool = False
+    cram: int = 0
+    types: str | None = None
+    pin: Sequence[str] | None = None
+    floor: Sequence[str] | None = None
+    no_imatrix: bool = False
+    allow_slow_cpu: bool = False
+    max_loss: str | None = None
+    min_tps: float | None = None
+    quality_slack: float | None = None
+    measurements: Path | None = None
+    layout: str | None = None
+    out: Path = Path("recipes")
+    name: str | None = None
+    no_check: bool = False
+    time_limit: float | None = None
+    dump_problem: Path | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A fulfilled request: the design, its check, where it was written, how long it took."""
+
+    design: Design
+    model: Model
+    check: CheckResult | None
+    folder: Path
+    seconds: float
+    solve_seconds: float
+    notes: tuple[str, ...] = ()
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe that was written."""
+        return self.design.recipe
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON of `design` (CONTRACT §2)."""
+        doc = self.recipe.to_json()
+        del doc["tensors"]
+        doc["optimality"]["seconds"] = round(self.solve_seconds, 4)
+        doc["seconds"] = round(self.seconds, 4)
+        doc["recipe"] = str(self.folder)
+        doc["notes"] = list(self.notes)
+        return doc
+
+
+def fulfil(request: Request) -> Answer:
+    """Design, write, and have the engine walk the recipe.
+
+    Raises:
+        UsageError: flags that make no sense together.
+        InfeasibleBudget: nothing fits.
+        CheckFailed: the engine disagrees with the recipe; nothing is written.
+    """
+    from quantmix.models.sources import load_model
+
+    started = time.perf_counter()
+    model = load_model(request.model, layout=request.layout)
+    budget, notes = _budget(request, model)
+    options = _options(request)
+    before = time.perf_counter()
+    budget, found, more = _answer_inverse(request, model, budget, options)
+    solved = time.perf_counter() - before
+    recipe = found.recipe
+    check: CheckResult | None = None
+    if request.no_check:
+        recipe = replace(recipe, check=None)
+        folder = recipe.save(request.out / recipe.name)
+    else:
+        with dry_run(recipe, model) as engine:
+            _prepare_figures()
+            check = _checked(recipe, model, engine)
+        if not check.ok:
+            first = check.problems[0]
+            raise CheckFailed(
+                f"the check of {recipe.name} found {len(check.problems)} problems, "
+                f"the first at {first.tensor or 'the sums'}: {first.problem}"
+            )
+        recipe = replace(recipe, check=check.to_json())
+        folder = recipe.save(request.out / recipe.name)
+    if request.dump_problem is not None:
+        dump_problem(found, request.dump_problem)
+    return Answer(
+        design=replace(found, recipe=recipe),
+        model=model,
+        check=check,
+        folder=folder,
+        seconds=time.perf_counter() - started,
+        solve_seconds=solved,
+        notes=(*notes, *more),
+    )
+
+
+def dump_problem(found: Design, path: Path) -> None:
+    """Write the knapsack of stage 1 with its bound and prices (`--dump-problem`)."""
+    solution = found.solution
+    document = {
+        **found.problem.dump(),
+        "objective": solution.objective,
+        "lower_bound": solution.lower_bound,
+        "prices_per_byte": dict(
+            zip(found.problem.pools, (float(p) for p in solution.prices), strict=True)
+        ),
+        "choice": [int(j) for j in solution.choice],
+    }
+    write_text(path, json.dumps(document, indent=1, allow_nan=False) + "\n")
+
+
+def parse_ctx(text: str) -> int | None:
+    """Return a context length of `32768` or `32k` (1024 each), None for `max`.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    match = re.fullmatch(r"(\d+)([kK]?)", text.strip())
+    if text.strip().lower() == "max":
+        return None
+    if match is None or int(match.group(1)) == 0:
+        raise UsageError(f"--ctx {text!r} is not a context length: write 32768, 32k or max")
+    return int(match.group(1)) * (1024 if match.group(2) else 1)
+
+
+def parse_percent(text: str) -> float:
+    """Return a share of `1%` or `1` as a fraction.
+
+    Raises:
+        UsageError: it is not a percentage above zero.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*%?", text.strip())
+    if match is None or float(match.group(1)) <= 0:
+        raise UsageError(f"--max-loss {text!r} is not a percentage: write it like 1%")
+    return float(match.group(1)) / 100
+
+
+def split_rules(rules: Sequence[str] | None, flag: str) -> tuple[tuple[str, str], ...]:
+    """Cut `REGEX=TYPE` texts at their last `=`.
+
+    Raises:
+        UsageError: one has no `=`.
+    """
+    result = []
+    for rule in rules or ():
+        pattern, sign, name = rule.rpartition("=")
+        if not sign or not pattern or not name:
+            raise UsageError(f"{flag} {rule!r} is not REGEX=TYPE")
+        result.append((pattern, name))
+    return tuple(result)
+
+
+def _checked(recipe: Recipe, model: Model, engine: DryCheck) -> CheckResult:
+    problems = static_problems(recipe, model)
+    compared = engine.compare(recipe)
+    matched = not any(p.problem.startswith("rule") for p in problems)
+    return replace(compared, rules_matched_back=matched, problems=(*problems, *compared.problems))
+
+
+def _prepare_figures() -> None:
+    """Load what draws the figures while the engine is busy."""
+    from matplotlib.backends import backend_agg  # noqa: F401
+
+
+def _budget(request: Request, model: Model) -> tuple[Budget, tuple[str, ...]]:
+    """Return the budget of a request; exactly one kind must be named."""
+    ctx = parse_ctx(request.ctx)
+    settings: dict[str, Any] = {
+        "engine": request.engine,
+        "build": request.engine_build,
+        "ctx": ctx if ctx is not None else 4096,
+        "ctk": request.ctk,
+        "ctv": request.ctv or (request.ctk if model.hparams.is_mla else None),
+        "ubatch": request.ubatch or _profile(request.profile),
+        "batch": request.batch,
+        "parallel": request.parallel,
+        "mla": request.mla,
+        "amb": request.amb,
+        "nkvo": request.nkvo or None,
+        "mtp": request.mtp or None,
+        "cram_mib": request.cram,
+    }
+    named = [k for k in ("vram", "gpus", "rig", "size") if getattr(request, k) is not None]
+    if not named and request.max_loss is not None:
+        return Budget.from_vram("1G", **settings), ()
+    if len(named) != 1:
+        got = "none" if not named else " and ".join(f"--{k}" for k in named)
+        raise UsageError(
+            f"give one budget, --vram SIZE, --gpus LIST, --rig NAME or --size SIZE; got {got}"
+        )
+    hosts: dict[str, Any] = {
+        "ram": request.ram,
+        "ram_reserve": request.ram_reserve,
+        "reserve": request.reserve,
+        "desktop": request.desktop,
+    }
+    if request.vram is not None:
+        if request.ram is not None:
+            raise UsageError("--vram is one ideal device: use --gpus with --ram")
+        return Budget.from_vram(request.vram, **settings), ()
+    if request.gpus is not None:
+        return Budget.from_gpus(request.gpus, **hosts, **settings), ()
+    if request.rig is not None:
+        return Budget.from_rig(request.rig, **hosts, **settings), ()
+    assert request.size is not None
+    return Budget.from_size(request.size, **settings), ()
+
+
+def _profile(profile: str | None) -> int | None:
+    if profile is None:
+        return None
+    if profile not in PROFILES:
+        raise UsageError(f"--profile {profile!r} is neither prompt nor generate")
+    return PROFILES[profile]
+
+
+def _options(request: Request) -> Options:
+    limits = Limits()
+    if request.time_limit is not None:
+        if request.time_limit < 0:
+            raise UsageError("--time-limit must not be negative")
+        limits = replace(limits, seconds=request.time_limit)
+    if request.quality_slack is not None and request.quality_slack < 0:
+        raise UsageError("--quality-slack must not be negative")
+    if request.min_tps is not None and request.min_tps <= 0:
+        raise UsageError("--min-tps must be above zero")
+    names = tuple(t.strip() for t in (request.types or "").split(",") if t.strip())
+    if request.types is not None and not names:
+        raise UsageError("--types is empty: name types like q8_0,iq4_ks,iq2_kt")
+    if request.name is not None and not re.fullmatch(r"[\w.+-]+", request.name):
+        raise UsageError(f"--name {request.name!r} may hold letters, digits, . _ + - only")
+    return Options(
+        limits=TypeLimits(
+            types=names,
+            pins=split_rules(request.pin, "--pin"),
+            floors=split_rules(request.floor, "--floor"),
+            imatrix=not request.no_imatrix,
+            allow_slow_cpu=request.allow_slow_cpu,
+        ),
+        goals=Goals(quality_slack=request.quality_slack, limits=limits),
+        measurements=request.measurements,
+        min_tps=request.min_tps,
+        name=request.name or "",
+    )
+
+
+def _answer_inverse(
+    request: Request, model: Model, budget: Budget, options: Options
+) -> tuple[Budget, Design, tuple[str, ...]]:
+    """Run the design, or the search that an inverse question asks for."""
+    from quantmix import inverse
+
+    if parse_ctx(request.ctx) is None:
+        return inverse.longest_context(model, budget, options)
+    if request.max_loss is not None:
+        return inverse.smallest_budget(model, budget, options, parse_percent(request.max_loss))
+    return budget, run(model, budget, options), ()
