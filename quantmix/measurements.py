@@ -1,0 +1,178 @@
+"""Measured sensitivities: the file that `measure` writes and `design --measurements` reads.
+
+    {"schema": 1, "kind": "quantmix-measurements",
+     "model": "<model fingerprint>", "model_name": "…", "base": "<data fingerprint of the source>",
+     "engine": "ik pip 0.1.5", "corpus": "<sha256>", "imatrix": "<sha256>" or null,
+     "n_ctx": 512, "chunks": 8, "tokens": 2040, "ppl_base": 31.2, "noise_floor": 1e-7,
+     "around": {"tensor": "type", …} or {}, "around_kld": 0.0,
+     "probes": [{"scope": "role|band|tensor", "role": "ffn_down", "layers": [0, 1] or [],
+                 "type": "iq2_xs", "kld": 0.337, "kld_err": 0.008, "ln_ratio": 0.34,
+                 "ln_ratio_err": 0.01, "err": 0.09, "n_elements": 35389440, "seconds": 9.1,
+                 "fallbacks": 0}],
+     "failed": [{"scope": …, "role": …, "layers": …, "type": …, "why": "…"}],
+     "errors": [{"tensor": "blk.0.ffn_down.weight", "type": "iq2_xs", "err": 0.09}]}
+
+`kld` (nats, against the unquantized model) is measured with everything else at `around`: the
+tensors of `role` in `layers` (empty: all layers, or a role without layers) at `type`. `err` is the
+imatrix-weighted relative squared error of the same tensors, Σ w·(x−x̂)² / Σ w·x². `errors` need no
+model run: they rank tensors and scale a measured role to its tensors, but are no KLD themselves.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from quantmix.errors import BadFile
+
+SCHEMA: Final = 1
+KIND: Final = "quantmix-measurements"
+
+Scope = Literal["role", "band", "tensor"]
+Key = tuple[str, str, tuple[int, ...], str]
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """One measured change; see the module's text for every field."""
+
+    scope: Scope
+    role: str
+    layers: tuple[int, ...]
+    type: str
+    kld: float
+    kld_err: float
+    ln_ratio: float
+    ln_ratio_err: float
+    err: float
+    n_elements: int
+    seconds: float
+    fallbacks: int = 0
+
+    @property
+    def key(self) -> Key:
+        """What was changed: scope, role, layers, type."""
+        return (self.scope, self.role, self.layers, self.type)
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """A probe that the engine could not do, and why."""
+
+    scope: Scope
+    role: str
+    layers: tuple[int, ...]
+    type: str
+    why: str
+
+    @property
+    def key(self) -> Key:
+        """What was tried."""
+        return (self.scope, self.role, self.layers, self.type)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorError:
+    """Imatrix-weighted relative error of one tensor in one type; no model run."""
+
+    tensor: str
+    type: str
+    err: float
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """A results file."""
+
+    model: str
+    model_name: str
+    base: str
+    engine: str
+    corpus: str
+    imatrix: str | None
+    n_ctx: int
+    chunks: int
+    tokens: int
+    ppl_base: float
+    noise_floor: float
+    around: Mapping[str, str] = field(default_factory=dict)
+    around_kld: float = 0.0
+    probes: tuple[Probe, ...] = ()
+    failed: tuple[Failed, ...] = ()
+    errors: tuple[TensorError, ...] = ()
+
+    @property
+    def done(self) -> set[Key]:
+        """Keys that need no further run."""
+        return {p.key for p in self.probes} | {f.key for f in self.failed}
+
+    def same_conditions(self, other: Measurements) -> list[str]:
+        """Return the names of the conditions in which two files differ; empty when comparable."""
+        names = ("model", "base", "engine", "corpus", "imatrix", "n_ctx", "chunks", "around")
+        return [n for n in names if getattr(self, n) != getattr(other, n)]
+
+    def with_probe(self, probe: Probe) -> Measurements:
+        """Return a copy with one more probe."""
+        return replace(self, probes=(*self.probes, probe))
+
+    def with_failed(self, failed: Failed) -> Measurements:
+        """Return a copy with one more failure."""
+        return replace(self, failed=(*self.failed, failed))
+
+
+def load(path: str | Path) -> Measurements:
+    """Read a results file.
+
+    Raises:
+        BadFile: missing, not such a file, or a number in it is no finite number.
+    """
+    file = Path(path)
+    try:
+        doc = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as err:
+        raise BadFile(f"{file} cannot be read: {err.strerror}") from err
+    except ValueError as err:
+        raise BadFile(f"{file} is not JSON: {err}") from err
+    if not isinstance(doc, dict) or doc.get("kind") != KIND or doc.get("schema") != SCHEMA:
+        raise BadFile(
+            f"{file} is no measurements file of schema {SCHEMA}: make one with `quantmix measure`"
+        )
+    try:
+        made = Measurements(
+            **{f.name: doc[f.name] for f in fields(Measurements) if f.name not in _LISTS},
+            probes=tuple(Probe(**{**p, "layers": tuple(p["layers"])}) for p in doc["probes"]),
+            failed=tuple(Failed(**{**p, "layers": tuple(p["layers"])}) for p in doc["failed"]),
+            errors=tuple(TensorError(**e) for e in doc["errors"]),
+        )
+        if not all(math.isfinite(p.kld) and math.isfinite(p.err) for p in made.probes):
+            raise BadFile(f"{file} holds a probe that is no finite number")
+    except (KeyError, TypeError) as err:
+        raise BadFile(f"{file} is damaged: {err!r}") from err
+    return made
+
+
+_LISTS: Final = ("probes", "failed", "errors")
+
+
+def save(measurements: Measurements, path: str | Path) -> None:
+    """Write a results file; the old one stays until the new one is complete."""
+    file = Path(path)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    doc: dict[str, Any] = {"schema": SCHEMA, "kind": KIND, **asdict(measurements)}
+    partial = file.with_name(f".{file.name}.{os.getpid()}.part")
+    try:
+        with partial.open("w", encoding="utf-8") as out:
+            json.dump(doc, out, indent=1, allow_nan=False)
+            out.write("\n")
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(partial, file)
+    except OSError as err:
+        raise BadFile(f"{file} cannot be written: {err.strerror}") from err
+    finally:
+        partial.unlink(missing_ok=True)
