@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import datetime as dt
 import math
-from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-import quantmix
+from quantmix.assemble import assemble, header_allowance
 from quantmix.budget import Budget
 from quantmix.emit.flags import offload
-from quantmix.emit.ftype import ftype_of
-from quantmix.emit.rules import build_rules
 from quantmix.errors import InfeasibleBudget
 from quantmix.ggml.types import GgmlType
 from quantmix.loss.model import LossModel
@@ -35,26 +30,18 @@ from quantmix.planner import (
 )
 from quantmix.recipe import (
     DeviceUse,
-    EngineInfo,
-    ModelInfo,
     Optimality,
     PlannedTensor,
     Quality,
     Recipe,
-    Size,
     Speed,
 )
 from quantmix.rig.device import Device, Rig
 from quantmix.solve.problem import Problem, Solution
-from quantmix.units import GIB, MIB, pad
+from quantmix.units import GIB
 
 if TYPE_CHECKING:
     from quantmix.memory.settings import Settings
-
-UNKNOWN_HEADER_BYTES = 32 * MIB
-"""What the header of a file may take when the source's was not read (CONTRACT §2, --size)."""
-
-_ALIGNMENT = 32  # GGUF_DEFAULT_ALIGNMENT
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,14 +149,14 @@ def _for_file(
         capacity = math.floor(budget.bpw * model.n_elements / 8)
     else:
         assert budget.file_bytes is not None
-        capacity = budget.file_bytes - _header_allowance(model)
+        capacity = budget.file_bytes - header_allowance(model)
     found = plan_in_file(model, palette, capacity, options.goals)
     if isinstance(found, Shortage):
         need = capacity + found.missing_bytes["file"]
         floor = (
             f"{8 * need / model.n_elements + 5e-4:.3f}bpw"
             if budget.bpw is not None
-            else f"{(need + _header_allowance(model)) / GIB + 5e-3:.2f}G"
+            else f"{(need + header_allowance(model)) / GIB + 5e-3:.2f}G"
         )
         raise InfeasibleBudget(
             f"{model.id} cannot be made as small as {budget.label}: "
@@ -211,40 +198,22 @@ def _assemble(
     quality = loss.quality(model, mix)
     quality = replace(quality, damage=float(sum(t.damage for t in tensors)))
     quality = _warn_fallbacks(quality, palette, options)
-    by_type = _by_type(tensors, model)
-    rules = build_rules(
-        model.tensors,
-        {t.name: t.type for t, q in zip(tensors, mix, strict=True) if q is not None},
-    )
-    ftype = ftype_of({n: row["bytes"] for n, row in by_type.items()}, settings.engine)
     flags = None
     if budget.rig is not None and placement is not None:
         by_name = {t.name: t.bytes for t in tensors}
         flags = offload(model, settings, budget.rig, placement, by_name)
-    recipe = Recipe(
+    recipe = assemble(
+        model,
+        settings,
+        tensors,
+        ruled={t.name: t.type for t, q in zip(tensors, mix, strict=True) if q is not None},
         name=options.name or f"{model.id}-{_slug(budget.label)}",
-        quantmix=quantmix.__version__,
-        created=dt.datetime.now(dt.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         budget={"label": budget.label, "ideal": bool(budget.rig and budget.rig.ideal)},
-        model=ModelInfo(
-            model.id, model.arch, model.layout, len(model.tensors), model.n_elements, model.source
-        ),
-        engine=EngineInfo(settings.engine, settings.build, ftype),
-        settings=settings,
-        size=_size(model, tensors),
         devices=devices,
         quality=quality,
         optimality=_optimality(answer, quality.damage),
         speed=speed,
-        types=by_type,
-        rules=tuple(r.text for r in rules),
-        commands=_commands(settings, ftype, [r.text for r in rules], flags),
-        offload={
-            "flags": flags.flags if flags else [],
-            "env": flags.env if flags else {},
-            "notes": list(flags.notes) if flags else [],
-        },
-        tensors=tensors,
+        flags=flags,
     )
     return Design(recipe, answer.problem, answer.solution, palette, placement)
 
@@ -324,36 +293,6 @@ def _device_use(
     return replace(use, free_bytes=free)
 
 
-def _by_type(tensors: Sequence[PlannedTensor], model: Model) -> dict[str, dict[str, int]]:
-    """Count tensors, weights and bytes per type, largest first."""
-    rows: dict[str, dict[str, int]] = defaultdict(
-        lambda: {"n_tensors": 0, "n_elements": 0, "bytes": 0}
-    )
-    for planned, t in zip(tensors, model.tensors, strict=True):
-        row = rows[planned.type]
-        row["n_tensors"] += 1
-        row["n_elements"] += t.n_elements
-        row["bytes"] += planned.bytes
-    return dict(sorted(rows.items(), key=lambda kv: (-kv[1]["bytes"], kv[0])))
-
-
-def _header_allowance(model: Model) -> int:
-    return UNKNOWN_HEADER_BYTES if model.header_bytes is None else model.header_bytes + 4096
-
-
-def _size(model: Model, tensors: Sequence[PlannedTensor]) -> Size:
-    total = sum(t.bytes for t in tensors)
-    padded = sum(pad(t.bytes, _ALIGNMENT) for t in tensors)
-    unloaded = sum(p.bytes for p, t in zip(tensors, model.tensors, strict=True) if not t.loaded)
-    return Size(
-        tensor_bytes=total,
-        file_bytes=padded + _header_allowance(model),
-        file_bytes_exact=False,
-        unloaded_bytes=unloaded,
-        bpw=8 * total / model.n_elements,
-    )
-
-
 def _optimality(answer: _Answer, objective: float) -> Optimality:
     solution = answer.solution
     bound = min(solution.lower_bound, objective)
@@ -374,44 +313,6 @@ def _warn_fallbacks(quality: Quality, palette: Palette, options: Options) -> Qua
         return quality
     text = f"fallback on short rows: {', '.join(palette.fallbacks)} (not in --types)"
     return replace(quality, warnings=(*quality.warnings, text))
-
-
-def _commands(
-    settings: Settings, ftype: str, rules: Sequence[str], flags: Any
-) -> dict[str, list[str]]:
-    """Return the three commands; SOURCE, IMATRIX, OUT, MODEL and CORPUS stand for files."""
-    run_flags = list(flags.flags) if flags else []
-    if settings.engine == "ik":
-        quantize = ["llama-quantize", "--imatrix", "IMATRIX", "--custom-q", ",".join(rules)]
-        ppl = ["-c", "512", "--no-escape"]
-    else:
-        quantize = ["llama-quantize", "--imatrix", "IMATRIX", "--tensor-type-file", "rules.args"]
-        ppl = ["-c", "512"]
-    return {
-        "quantize": [*quantize, "SOURCE", "OUT", ftype],
-        "serve": ["llama-server", "-m", "MODEL", *run_flags],
-        "perplexity": [
-            "llama-perplexity",
-            *("-m", "MODEL", "-f", "CORPUS"),
-            *ppl,
-            *_perplexity_flags(run_flags),
-        ],
-    }
-
-
-def _perplexity_flags(flags: Sequence[str]) -> list[str]:
-    """Drop what belongs to a server or to a long context: perplexity runs at -c 512."""
-    dropped = {"-c", "-np", "-cram", "-ctk", "-ctv", "-b", "-ub"}
-    kept: list[str] = []
-    skip = False
-    for flag in flags:
-        if skip:
-            skip = False
-        elif flag in dropped:
-            skip = True
-        else:
-            kept.append(flag)
-    return kept
 
 
 def _slug(label: str) -> str:
