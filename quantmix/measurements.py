@@ -22,13 +22,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Final, Literal
 
 from quantmix.errors import BadFile
+from quantmix.files import write_text
 
 SCHEMA: Final = 1
 KIND: Final = "quantmix-measurements"
@@ -161,18 +161,5 @@ _LISTS: Final = ("probes", "failed", "errors")
 
 def save(measurements: Measurements, path: str | Path) -> None:
     """Write a results file; the old one stays until the new one is complete."""
-    file = Path(path)
-    file.parent.mkdir(parents=True, exist_ok=True)
     doc: dict[str, Any] = {"schema": SCHEMA, "kind": KIND, **asdict(measurements)}
-    partial = file.with_name(f".{file.name}.{os.getpid()}.part")
-    try:
-        with partial.open("w", encoding="utf-8") as out:
-            json.dump(doc, out, indent=1, allow_nan=False)
-            out.write("\n")
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(partial, file)
-    except OSError as err:
-        raise BadFile(f"{file} cannot be written: {err.strerror}") from err
-    finally:
-        partial.unlink(missing_ok=True)
+    write_text(path, json.dumps(doc, indent=1, allow_nan=False) + "\n")

@@ -9,7 +9,6 @@ GGUF (mainline): `general.type` = imatrix, tensors `<name>.in_sum2` [ncols, n_ma
 
 from __future__ import annotations
 
-import os
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantmix.errors import BadFile
+from quantmix.files import write_bytes
 from quantmix.ggml import types
 from quantmix.ggml.header import MAGIC, read_header
 from quantmix.ggml.writer import NewTensor, encode_header, encode_metadata
@@ -106,7 +106,7 @@ def write_dat(imatrix: Imatrix, path: str | Path) -> list[str]:
         parts.append(struct.pack("<ii", ncall, len(values) // 4) + values)
     dataset = imatrix.dataset.encode()
     parts.append(struct.pack("<ii", imatrix.chunks, len(dataset)) + dataset)
-    _replace(path, b"".join(parts))
+    write_bytes(path, b"".join(parts))
     return sorted(set(imatrix.entries) - set(kept))
 
 
@@ -128,7 +128,7 @@ def write_gguf(imatrix: Imatrix, path: str | Path) -> None:
         data += [entry.sums, entry.counts]
     head, _ = encode_header(encode_metadata(metadata), tensors)
     body = b"".join(_padded(array.astype("<f4").tobytes()) for array in data)
-    _replace(path, head + body)
+    write_bytes(path, head + body)
 
 
 def write(imatrix: Imatrix, path: str | Path) -> list[str]:
@@ -141,20 +141,6 @@ def write(imatrix: Imatrix, path: str | Path) -> list[str]:
 
 def _padded(raw: bytes) -> bytes:
     return raw.ljust(-(-len(raw) // 32) * 32, b"\0")
-
-
-def _replace(path: str | Path, raw: bytes) -> None:
-    """Write a file that appears complete or not at all."""
-    file = Path(path)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.{os.getpid()}.part")
-    try:
-        partial.write_bytes(raw)
-        os.replace(partial, file)
-    except OSError as err:
-        raise BadFile(f"{file} cannot be written: {err.strerror}") from err
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 class _Cursor:

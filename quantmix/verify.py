@@ -1,0 +1,198 @@
+"""Keep the promise honest: measure a file, compare with what its recipe predicted, remember."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from quantmix.engine.child import Emit
+from quantmix.engine.perplexity import Evaluation, evaluate
+from quantmix.engine.quantize import compare
+from quantmix.engine.weights import WeightsFile, open_weights
+from quantmix.errors import BadFile
+from quantmix.ggml.types import Engine
+from quantmix.recipe import Recipe
+from quantmix.recipe import load as load_recipe
+from quantmix.store import Measurement, Store
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """What the recipe said, put on this text's scale.
+
+    `ppl*` are the measured base PPL times exp(ln_ppl_ratio*) when a base was measured, else the
+    recipe's own. `holds` says whether the measured value lies inside the interval; None when there
+    is no interval to compare with.
+    """
+
+    damage: float
+    ln_ppl_ratio: float
+    ppl: float | None
+    ppl_low: float | None
+    ppl_high: float | None
+    interval: float
+    holds: bool | None
+
+
+@dataclass(frozen=True)
+class Verified:
+    """A measured file."""
+
+    weights: WeightsFile
+    evaluation: Evaluation
+    predicted: Predicted | None
+    n_elements: int
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(info.n_bytes for info, _, _ in self.weights.tensors.values())
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the document of `verify --json` (CONTRACT §2)."""
+        e = self.evaluation
+        return {
+            "ppl": e.perplexity.ppl,
+            "ppl_err": e.perplexity.ppl_err,
+            "nll": e.perplexity.nll,
+            "n_ctx": e.n_ctx,
+            "chunks": e.chunks,
+            "tokens": e.perplexity.tokens,
+            "corpus": {"sha256": e.corpus_sha256},
+            "kld": asdict(e.divergence) if e.divergence else None,
+            "ln_ppl_ratio": asdict(e.log_ratio) if e.log_ratio else None,
+            "predicted": asdict(self.predicted) if self.predicted else None,
+            "engine": asdict(e.engine),
+            "file": str(self.weights.path),
+            "tensor_bytes": self.tensor_bytes,
+            "bpw": 8 * self.tensor_bytes / self.n_elements,
+            "forward_seconds": e.forward_seconds,
+            "seconds": e.seconds,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A file to measure and the recipe that promised it, if one is known."""
+
+    file: Path
+    recipe: Recipe | None
+
+
+def find_target(target: str | Path, recipe: str | Path | None = None) -> Target:
+    """Resolve TARGET: a GGUF, or a recipe folder whose quantized file lies in it.
+
+    A GGUF without `recipe` takes the recipe.json beside it, when there is one.
+
+    Raises:
+        BadFile: nothing there.
+    """
+    path = Path(target)
+    if path.is_dir() and (path / "recipe.json").exists():
+        loaded = load_recipe(path)
+        files = sorted(path.glob("*.gguf"))
+        if not files:
+            raise BadFile(
+                f"{path} holds no quantized file yet: run `quantmix quantize {path} SOURCE`, "
+                "or give the GGUF and --recipe"
+            )
+        return Target(files[0], loaded)
+    if recipe:
+        return Target(path, load_recipe(recipe))
+    beside = path.parent / "recipe.json"
+    return Target(path, load_recipe(beside) if beside.exists() else None)
+
+
+def verify(
+    target: Target,
+    corpus: str | Path,
+    *,
+    base: str | Path | None = None,
+    logits_base: str | Path | None = None,
+    n_ctx: int = 512,
+    chunks: int | None = None,
+    threads: int | None = None,
+    engine: Engine = "ik",
+    db: str | Path | None = None,
+    on_event: Emit | None = None,
+) -> Verified:
+    """Measure, compare with the prediction, store.
+
+    Raises:
+        CheckFailed: the file's tensors are not those of the recipe.
+        BadFile, UsageError, EngineError: as `perplexity.evaluate`.
+    """
+    weights = open_weights(target.file)
+    if target.recipe:
+        compare(target.recipe, weights)
+    with Store(db) as store:
+        found = evaluate(
+            weights.path,
+            corpus,
+            base=base,
+            logits_base=logits_base,
+            n_ctx=n_ctx,
+            chunks=chunks,
+            threads=threads,
+            engine=engine,
+            on_event=on_event,
+        )
+        predicted = predict(target.recipe, found) if target.recipe else None
+        n_elements = sum(math.prod(info.shape) for info, _, _ in weights.tensors.values())
+        verified = Verified(weights, found, predicted, n_elements)
+        store.add(_row(verified, base))
+    return verified
+
+
+def predict(recipe: Recipe, found: Evaluation) -> Predicted:
+    """Put the recipe's prediction on the scale of the measured text."""
+    q = recipe.quality
+    low, high = q.ln_ppl_ratio_low, q.ln_ppl_ratio_high
+    if found.log_ratio is not None:
+        ppl_base = found.perplexity.ppl / math.exp(found.log_ratio.mean)
+        ppl: float | None = ppl_base * math.exp(q.ln_ppl_ratio)
+        bounds = [ppl_base * math.exp(x) if x is not None else None for x in (low, high)]
+    else:
+        ppl, bounds = q.ppl, [q.ppl_low, q.ppl_high]
+    holds = None
+    if bounds[0] is not None and bounds[1] is not None:
+        holds = bounds[0] <= found.perplexity.ppl <= bounds[1]
+    return Predicted(q.damage, q.ln_ppl_ratio, ppl, bounds[0], bounds[1], q.interval, holds)
+
+
+def _row(verified: Verified, base: str | Path | None) -> Measurement:
+    """Return the store's row."""
+    weights, found = verified.weights, verified.evaluation
+    kld, ratio = found.divergence, found.log_ratio
+    metadata: Mapping[str, Any] = weights.metadata
+    return Measurement(
+        model=weights.model_fingerprint,
+        mix=weights.mix_fingerprint,
+        data=weights.data_fingerprint,
+        model_name=str(metadata.get("general.name", weights.path.stem)),
+        file=str(weights.path),
+        corpus=found.corpus_sha256,
+        n_ctx=found.n_ctx,
+        chunks=found.chunks,
+        tokens=found.perplexity.tokens,
+        engine=found.engine.name,
+        build=found.engine.build,
+        ctk="f16",
+        ctv="f16",
+        tensor_bytes=verified.tensor_bytes,
+        bpw=8 * verified.tensor_bytes / verified.n_elements,
+        ppl=found.perplexity.ppl,
+        ppl_err=found.perplexity.ppl_err,
+        seconds=found.seconds,
+        kld=kld.mean if kld else None,
+        kld_err=kld.err if kld else None,
+        ln_ratio=ratio.mean if ratio else None,
+        ln_ratio_err=ratio.err if ratio else None,
+        base=open_weights(base).data_fingerprint if base and kld else None,
+        same_top=kld.same_top if kld else None,
+        predicted=asdict(verified.predicted) if verified.predicted else {},
+        types=weights.types(),
+    )
