@@ -6,7 +6,7 @@ cases). With ub = ubatch, n = context cells, E = n_embd, V = n_vocab, H = heads,
 O = H·head_dim_v, X = experts used · E, F = experts used · n_ff_exp, u = 4·ub bytes (one float per
 token), m16 = 2·n·ub (the f16 mask), m32 = 4·n·ub, S = bytes of one expert tensor in RAM:
 
-    out       u·(V + E)                                       device with the output matrix
+    out       u·(V + E), sometimes u·(V + 2E)                 device with the output matrix
     attn      m16 + u·(2E + 2Q) [+ u·X]                       flash attention, no MLA; X on the
                                                               first GPU, experts in RAM
     attn      4·n·H·ub + m32 + u·(2E + 2Q)                    no flash attention
@@ -91,14 +91,21 @@ def copies_experts(model: Model, settings: Settings) -> bool:
     return h.is_moe and min(settings.ubatch, n_cells(settings)) >= threshold
 
 
-def regimes(model: Model, settings: Settings, role: DeviceRole) -> tuple[Regime, ...]:
-    """Return the regimes that apply to a device: best estimates, without safety margin."""
+def regimes(
+    model: Model, settings: Settings, role: DeviceRole, *, upper: bool = False
+) -> tuple[Regime, ...]:
+    """Return the regimes that apply to a device: best estimates, without safety margin.
+
+    With `upper`, `out` counts the second vector of E per token that some graphs keep beside the
+    logits; margins are added to that form (`margins.safe`).
+    """
     h, z = model.hparams, _sizes(model, settings, role.copies)
     found: list[Regime] = []
     if role.output:
         logits = 2 if model.arch in _SOFTCAPPED else 1
         inputs = role.copies * (z.m16 // role.copies + z.u * z.embd) if role.copies > 1 else 0
-        found.append(Regime("out", z.u * (logits * z.vocab + z.embd) + inputs))
+        beside = z.embd * (2 if upper else 1)
+        found.append(Regime("out", z.u * (logits * z.vocab + beside) + inputs))
     if role.layers:
         found.append(_attention(h, settings, z, role))
     if role.experts and h.is_moe:

@@ -29,7 +29,8 @@ class Evidence:
     regime: str
     measured_bytes: int
     estimate_bytes: int
-    estimates: tuple[Regime, ...]
+    upper_bytes: int
+    uppers: tuple[Regime, ...]
     experts: ExpertBytes | None
     capacity_bytes: int
 
@@ -40,7 +41,7 @@ class Evidence:
 
     def bound_bytes(self, table: dict[str, Margin]) -> int:
         """The upper bound with the margins of `table`."""
-        bounds = (table.get(r.name, table["*"]).bound(r) for r in self.estimates)
+        bounds = (table.get(r.name, table["*"]).bound(r) for r in self.uppers)
         return max(_value(r, self.experts, safe=True) for r in bounds)
 
 
@@ -97,17 +98,16 @@ def _row(
     if gpu.compute < _SMALLEST_MIB:
         return f"buffer below {_SMALLEST_MIB:.0f} MiB"
     every = regimes(case.model, case.settings, role)
+    uppers = regimes(case.model, case.settings, role, upper=True)
     copying = any(r.name.startswith("copy") for r in every)
     if copying and experts is None:
         return "experts in RAM are copied, but the post does not tell their quant type"
-    applies = tuple(
-        r
-        for r in every
-        if not r.name.startswith("copy") or (experts is not None and experts.has_cuda_kernel)
-    )
+    copied = experts is not None and experts.has_cuda_kernel
+    applies = [r for r in every if copied or not r.name.startswith("copy")]
     if not applies:
         return "the log does not show what this card does"
     best = max(applies, key=lambda r: _value(r, experts))
+    upper = tuple(r for r in uppers if copied or not r.name.startswith("copy"))
     key = (best.name, round(gpu.compute))
     if key in seen:
         return "same regime and size as another GPU of the case"
@@ -119,7 +119,8 @@ def _row(
         regime=best.name,
         measured_bytes=int(gpu.compute * MIB),
         estimate_bytes=_value(best, experts),
-        estimates=applies,
+        upper_bytes=max(_value(r, experts, safe=True) for r in upper if r.name == best.name),
+        uppers=upper,
         experts=experts,
         capacity_bytes=_card_that_holds(int(held * MIB)),
     )

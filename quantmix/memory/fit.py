@@ -2,7 +2,7 @@
 
 Per regime a factor, and one addition for all:
 
-    factor = (n · q + k · q_all) / (n + k)      q = quantile of (measured - addition) / estimate
+    factor = (n · q + k · q_all) / (n + k)    q = quantile of (measured - addition) / upper estimate
 
 The pull towards all rows (k rows' worth) keeps regimes with few rows honest. The same fit without
 each thread in turn gives the coverage to expect on threads not seen.
@@ -87,7 +87,7 @@ def _margin(name: str, factor: float) -> Margin:
 
 
 def _quantile(rows: Sequence[Evidence], quantile: float) -> float:
-    ratios = [(r.measured_bytes - ADD_MIB * MIB) / r.estimate_bytes for r in rows]
+    ratios = [(r.measured_bytes - ADD_MIB * MIB) / r.upper_bytes for r in rows]
     return float(np.quantile(ratios, quantile, method="higher"))
 
 

@@ -52,7 +52,9 @@ def device_memory(
             derived_bytes=sum(b for b, d in zip(derived, home, strict=True) if d == i),
             reserve_bytes=gpu_reserve_bytes(gpu, settings, first=i == 0, desktop=rig.desktop),
             compute=safe(
-                compute.regimes(model, settings, _gpu_role(model, settings, rig, placement, i))
+                compute.regimes(
+                    model, settings, _gpu_role(model, settings, rig, placement, i), upper=True
+                )
             ),
             duplicate_embedding=i == placement.output_device and is_tied(model),
         )
@@ -193,5 +195,5 @@ def _host_compute(
         copies=_copies(settings, rig, placement),
     )
     logits = compute.output_bytes(model, settings)
-    bounds: Sequence[Regime] = safe(compute.regimes(model, settings, role))
+    bounds: Sequence[Regime] = safe(compute.regimes(model, settings, role, upper=True))
     return tuple(Regime(r.name, r.constant_bytes + logits, r.coefficient) for r in bounds)
