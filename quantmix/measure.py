@@ -17,12 +17,14 @@ from typing import Any
 from quantmix import measurements
 from quantmix.engine import child, native
 from quantmix.engine.perplexity import read_corpus
+from quantmix.engine.quantize import require_same_tensors
 from quantmix.engine.weights import WeightsFile, open_weights
 from quantmix.errors import BadFile, EngineError, UnknownName, UsageError
 from quantmix.ggml import imatrix as imatrices
 from quantmix.ggml import types
 from quantmix.measurements import Failed, Measurements, Probe, Scope, TensorError
 from quantmix.models.roles import is_quantizable, split_name
+from quantmix.recipe import Recipe
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,3 +287,14 @@ def tensor_errors(
     }
     result = child.run("quantmix.engine.probing:errors_task", request, on_event)
     return tuple(TensorError(*row) for row in result["errors"])
+
+
+def mix_of(recipe: Recipe, weights: WeightsFile) -> dict[str, str]:
+    """Return tensor → type of a recipe, for those whose type the source does not have already.
+
+    Raises:
+        SourceMismatch: the recipe is for another model.
+    """
+    require_same_tensors(recipe, weights)
+    kinds = weights.types()
+    return {t.name: t.type for t in recipe.tensors if t.type != kinds[t.name]}

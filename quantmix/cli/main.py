@@ -22,12 +22,18 @@ app = typer.Typer(
 _MODULES = (
     "design",
     "check",
+    "quantize",
+    "imatrix",
+    "verify",
+    "measure",
     "inspect",
     "models",
     "types",
     "rigs",
     "doctor",
     "backtest",
+    "demo_model",
+    "fetch_corpus",
 )
 
 
