@@ -14,7 +14,7 @@ def register(app: typer.Typer) -> None:
     """Add the command."""
     app.command(
         name="fetch-corpus",
-        help="Get wiki.test.raw (WikiText-2), the text of published perplexities; checksum checked.",
+        help="Get wiki.test.raw (WikiText-2), the text of published perplexities, by checksum.",
         epilog="Example: quantmix fetch-corpus --out wiki.test.raw",
     )(answer_errors(fetch_corpus))
 
