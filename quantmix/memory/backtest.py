@@ -75,7 +75,10 @@ def _kv(case: LogCase) -> Judged:
         why = "not stated: n_ctx"
     if why or case.model is None or case.kv_total is None:
         return [], [{"id": name, "why": why}]
-    predicted = sum(kv_bytes(case.model, case.settings)) / MIB
+    try:
+        predicted = sum(kv_bytes(case.model, case.settings)) / MIB
+    except QuantmixError as err:
+        return [], [{"id": name, "why": str(err)}]
     good = abs(predicted / case.kv_total - 1) <= _KV_TOLERANCE
     return [_row(name, "kv", predicted, predicted, case.kv_total, good)], []
 
@@ -116,8 +119,8 @@ def _split(case: LogCase) -> Judged:
     if why or case.model is None:
         return [], [{"id": name, "why": why}]
     ngl = case.offloaded[0] if case.offloaded else case.model.hparams.n_layer + 1
-    per_layer = kv_bytes(case.model, s)
     try:
+        per_layer = kv_bytes(case.model, s)
         homes = layers_of(ts, len(per_layer), ngl, s.engine, s.build)
     except QuantmixError as err:
         return [], [{"id": name, "why": str(err)}]

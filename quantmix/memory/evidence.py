@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
+from quantmix.errors import QuantmixError
 from quantmix.memory.compute import DeviceRole, regimes
 from quantmix.memory.logroles import ExpertBytes, expert_bytes, gpu_roles
 from quantmix.memory.logs import LogCase, LoggedDevice
@@ -56,8 +57,12 @@ def compute_evidence(cases: tuple[LogCase, ...]) -> tuple[list[Evidence], list[d
             skipped += [{"id": f"{case.id}/{g.name}/compute", "why": why} for g in gpus]
             continue
         assert case.model is not None
-        roles = gpu_roles(case)
-        experts = expert_bytes(case) if case.model.hparams.is_moe else None
+        try:
+            roles = gpu_roles(case)
+            experts = expert_bytes(case) if case.model.hparams.is_moe else None
+        except QuantmixError as err:
+            skipped += [{"id": f"{case.id}/{g.name}/compute", "why": str(err)} for g in gpus]
+            continue
         seen: set[tuple[str, int]] = set()
         for gpu in gpus:
             made = _row(case, gpu, roles[gpu.name], experts, seen)

@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 from typing import Final
 
-from quantmix.errors import QuantmixError
+from quantmix.errors import UsageError
 from quantmix.ggml import types as ggml
 from quantmix.memory.compute import DeviceRole
 from quantmix.memory.kv import kv_bytes
@@ -233,5 +233,5 @@ def _target(case: LogCase, layer: int, role: str) -> str | None:
             if re.search(pattern, name):
                 return "CPU" if device.startswith(("CPU", "CUDA_Host")) else device
         except re.error as err:
-            raise QuantmixError(f"{case.id}: -ot pattern {pattern!r}: {err}") from err
+            raise UsageError(f"-ot pattern {pattern!r} is not a regex: {err}") from err
     return None

@@ -19,6 +19,7 @@ from quantmix.errors import BadFile
 from quantmix.memory.logmodels import find_model
 from quantmix.memory.settings import Settings
 from quantmix.models.model import Layout, Model
+from quantmix.units import MIB
 
 REQUIRED: Final = (
     *("case_id", "source_url", "engine", "engine_date", "model", "arch", "file_quant_label"),
@@ -139,7 +140,7 @@ def _case(case_id: str, rows: list[dict[str, str]]) -> LogCase:
     stated = [d.kv for d in devices if d.kv is not None]
     types = _TYPES.search(notes)
     model = find_model(head["model"], head["arch"], _layout(head["model"], notes, head))
-    settings, unstated = _settings(head, notes, model)
+    settings, unstated = _settings(rows, notes, model)
     copies = _COPIES.search(notes)
     offloaded, splits = _OFFLOADED.search(notes), _SPLITS.search(notes)
     return LogCase(
@@ -153,7 +154,7 @@ def _case(case_id: str, rows: list[dict[str, str]]) -> LogCase:
         quant_label=head["file_quant_label"],
         file_gib=_gib(head["model_file_gib"]),
         types=_counts(types.group(1)) if types else {},
-        kv_total=sum(stated) if stated else (_mib(kv_log.group(1)) if kv_log else None),
+        kv_total=_kv_total(stated, _mib(kv_log.group(1)) if kv_log else None),
         copies=int(copies.group(1)) if copies else 1,
         offloaded=(int(offloaded.group(1)), int(offloaded.group(2))) if offloaded else None,
         graph_splits=int(splits.group(1)) if splits else None,
@@ -168,9 +169,10 @@ def _case(case_id: str, rows: list[dict[str, str]]) -> LogCase:
 
 
 def _settings(
-    row: dict[str, str], notes: str, model: Model | None
+    rows: list[dict[str, str]], notes: str, model: Model | None
 ) -> tuple[Settings, frozenset[str]]:
-    """Launch settings of a row, and what memory needs but the row does not state."""
+    """Launch settings of a case, and what memory needs but its first row does not state."""
+    row = rows[0]
     unstated = {c for c in ("n_ctx", "n_ubatch") if not row[c]}
     is_mla = model is not None and model.hparams.is_mla
     mla = row["mla"]
@@ -185,14 +187,14 @@ def _settings(
     settings = Settings(
         engine="ik" if row["engine"] == "ik" else "mainline",
         build=row["engine_date"],
-        ctx=int(row["n_ctx"] or 0),
-        ctk=row["ctk"] or "f16",
-        ctv=row["ctv"] or "f16",
-        ubatch=int(row["n_ubatch"] or 512),
-        batch=int(row["n_batch"] or 2048),
-        parallel=int(slots.group(1)) if slots else 1,
-        mla=int(mla or 0),
-        amb=int(row["amb_mib"] or 0),
+        ctx=int(float(row["n_ctx"] or 0)),
+        ctk=row["ctk"] or _logged_type(notes, r"(?:K|c\^KV)"),
+        ctv=row["ctv"] or _logged_type(notes, "V"),
+        ubatch=int(float(row["n_ubatch"] or 512)),
+        batch=int(float(row["n_batch"] or 2048)),
+        parallel=int(slots.group(1)) if slots else _sequences(model, rows),
+        mla=int(float(mla or 0)),
+        amb=int(float(row["amb_mib"] or 0)),
         fa=fa == "1",
         nkvo="-nkvo" in row["other_flags"],
     )
@@ -209,6 +211,32 @@ def _layout(text: str, notes: str, row: dict[str, str]) -> Layout:
     if row["engine"] == "mainline" and row["engine_date"] < "2025-04-15":
         return "legacy"
     return "ik"
+
+
+def _sequences(model: Model | None, rows: list[dict[str, str]]) -> int:
+    """Sequences of a run of a hybrid: its perplexity tool keeps a state, and a row of logits, each.
+
+    Only recurrent state depends on them, so other models count one.
+    """
+    if model is None or not model.hparams.ssm_d_state:
+        return 1
+    outputs = [_mib(r["output_mib"]) for r in rows if r["output_mib"]]
+    one = 4 * model.hparams.n_vocab / MIB
+    return max(1, round(max(outputs) / one)) if outputs else 1
+
+
+def _logged_type(notes: str, which: str) -> str:
+    """Cache type that the engine logged for K or V, f16 when the post does not show it."""
+    match = re.search(rf"\b{which} \((\w+)\):", notes)
+    return match.group(1) if match else "f16"
+
+
+def _kv_total(per_device: list[float], logged: float | None) -> float | None:
+    """MiB of the whole cache: the sum over devices, unless the post leaves some of them out."""
+    total = sum(per_device)
+    if logged is not None and total < 0.98 * logged:
+        return logged
+    return total if per_device else None
 
 
 def _device(row: dict[str, str]) -> LoggedDevice:
@@ -241,7 +269,11 @@ def _counts(text: str) -> dict[str, int]:
 
 
 def _split(text: str) -> tuple[float, ...]:
-    return tuple(float(x) for x in re.split(r"[,/]", text) if x.strip())
+    """Shares of `-ts`; a list that is none (a typo in the post) counts as not given."""
+    parts = [x.strip() for x in re.split(r"[,/;]", text) if x.strip()]
+    if not all(re.fullmatch(r"\d*\.?\d+", x) for x in parts):
+        return ()
+    return tuple(float(x) for x in parts)
 
 
 def _rules(text: str) -> tuple[str, ...]:

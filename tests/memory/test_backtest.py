@@ -10,7 +10,7 @@ import pytest
 
 from quantmix.errors import BadFile
 from quantmix.memory import fit
-from quantmix.memory.backtest import run
+from quantmix.memory.backtest import backtest, run
 from quantmix.memory.evidence import compute_evidence
 from quantmix.memory.logmodels import find_model
 from quantmix.memory.logroles import expert_bytes, experts_in_ram, gpu_roles, layer_homes
@@ -145,6 +145,46 @@ def test_models_by_the_names_people_use(text: str, arch: str, found: str | None)
     """The longest known name inside the text wins, unless the architecture says otherwise."""
     model = find_model(text, arch)
     assert (model.id if model else None) == found
+
+
+def a_row(**values: str) -> dict[str, str]:
+    """A row of an R1 run on one card, with some cells replaced."""
+    row = dict.fromkeys(REQUIRED, "")
+    row |= {"case_id": "a", "source_url": "u", "engine": "ik", "engine_date": "2025-08-01"}
+    row |= {"model": "DeepSeek-R1", "n_ctx": "4096", "n_ubatch": "512", "mla": "3", "fa": "1"}
+    row |= {"device": "CUDA0", "kv_mib": "274.5", "compute_mib": "800", "weights_mib": "20000"}
+    return row | values
+
+
+def test_a_bad_rule_is_skipped_not_fatal() -> None:
+    """A pasted `-ot` that is no regex costs its own case only, and is named."""
+    doc = backtest(parse_rows([a_row(ot_rules="blk.([=CPU"), a_row(case_id="b")]))
+    why = {s["id"]: s["why"] for s in doc["skipped"]}
+    assert "regex" in why["a/CUDA0/compute"]
+    assert {r["id"] for r in doc["rows"]} == {"a/kv", "b/kv", "b/CUDA0/compute"}
+
+
+def test_cache_types_from_the_log_line() -> None:
+    """When the command is not shown, the engine's own line tells the types."""
+    notes = "KV log: 1 MiB, K (q8_0): 1 MiB, V (q4_0): 1 MiB"
+    (case,) = parse_rows([a_row(notes=notes)])
+    assert (case.settings.ctk, case.settings.ctv) == ("q8_0", "q4_0")
+    (case,) = parse_rows([a_row(notes="KV log: 1 MiB, c^KV (q6_0): 1 MiB, kv^T: not used")])
+    assert case.settings.ctk == "q6_0"
+
+
+def test_a_hybrid_keeps_a_state_per_sequence() -> None:
+    """Perplexity over four sequences writes four rows of logits and keeps four states."""
+    one = 4 * 248320 / MIB
+    row = a_row(model="Qwen3.5 0.8B", mla="", device="CUDA_Host", output_mib=f"{4 * one:.2f}")
+    (case,) = parse_rows([row])
+    assert case.settings.parallel == 4
+
+
+def test_a_partial_sum_of_caches_gives_way_to_the_total() -> None:
+    """When a post leaves out cards, the engine's own total counts."""
+    (case,) = parse_rows([a_row(kv_mib="100", notes="KV log: 274.50 MiB")])
+    assert case.kv_total == 274.5
 
 
 def test_bad_tables_are_refused(tmp_path: Path) -> None:
