@@ -26,6 +26,8 @@ _MODULES = (
     "imatrix",
     "verify",
     "measure",
+    "clone",
+    "diff",
     "inspect",
     "models",
     "types",

@@ -1,0 +1,104 @@
+"""`quantmix clone` and `quantmix import`: recipes from what exists."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from quantmix.cli.common import JsonFlag, QuietFlag, answer_errors, console, print_json
+
+if TYPE_CHECKING:
+    from quantmix.recipe import Recipe
+
+
+def register(app: typer.Typer) -> None:
+    """Add both commands."""
+    app.command(
+        name="clone",
+        help="Make a recipe with the types of an existing GGUF.",
+        epilog="Example: quantmix clone ./GLM-4.6-IQ2_KL-00001-of-00003.gguf --out recipes",
+    )(answer_errors(clone))
+    app.command(
+        name="import",
+        help="Make a recipe of another tool's `regex=type` file: first match wins.",
+        epilog="Example: quantmix import ./mix.recipe --model glm-4.5-air",
+    )(answer_errors(import_))
+
+
+def clone(
+    gguf: Annotated[str, typer.Argument(help="GGUF file, any shard, a folder of shards, or URL.")],
+    engine: Annotated[
+        str, typer.Option(help="Which engine shall write it: ik or mainline.")
+    ] = "ik",
+    out: Annotated[Path, typer.Option(help="Folder for recipes.")] = Path("recipes"),
+    name: Annotated[str | None, typer.Option(help="Name of the recipe.")] = None,
+    as_json: JsonFlag = False,
+    quiet: QuietFlag = False,
+) -> None:
+    """Read the types of a file."""
+    from quantmix import clone as cloning
+    from quantmix.cli.common import one_of
+    from quantmix.ggml.types import ENGINES
+    from quantmix.models.sources import load_model
+
+    recipe = cloning.clone(load_model(gguf), one_of("engine", engine, ENGINES), name or "")
+    _finish(recipe, out, as_json, quiet)
+
+
+def import_(
+    file: Annotated[Path, typer.Argument(help="File of regex=type lines; # starts a comment.")],
+    model: Annotated[
+        str | None, typer.Option(help="Model it is for (default: the one the file names).")
+    ] = None,
+    default: Annotated[
+        str | None, typer.Option(help="Type of tensors that no rule matches.")
+    ] = None,
+    engine: Annotated[
+        str, typer.Option(help="Which engine shall write it: ik or mainline.")
+    ] = "ik",
+    layout: Annotated[
+        str | None, typer.Option(help="MLA layout (default: the one the rules speak of).")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for recipes.")] = Path("recipes"),
+    name: Annotated[str | None, typer.Option(help="Name of the recipe.")] = None,
+    as_json: JsonFlag = False,
+    quiet: QuietFlag = False,
+) -> None:
+    """Resolve the rules of a file."""
+    from quantmix import clone as cloning
+    from quantmix.cli.common import one_of
+    from quantmix.errors import UsageError
+    from quantmix.ggml.types import ENGINES
+    from quantmix.models.sources import load_model
+
+    spec = model or cloning.model_named_in(file)
+    if spec is None:
+        raise UsageError(f"{file} names no model: say which with --model")
+    known = one_of("engine", engine, ENGINES)
+    loaded = load_model(spec, layout=layout or cloning.layout_named_in(file))
+    _finish(
+        cloning.import_rules(file, loaded, known, default=default, name=name or ""),
+        out,
+        as_json,
+        quiet,
+    )
+
+
+def _finish(recipe: Recipe, out: Path, as_json: bool, quiet: bool) -> None:
+    """Save the recipe and tell."""
+    from quantmix.units import gib
+
+    folder = recipe.save(out / recipe.name)
+    if as_json:
+        doc = recipe.to_json()
+        del doc["tensors"]
+        print_json({**doc, "recipe": str(folder)})
+        return
+    show = console(quiet)
+    show.print(
+        f"{recipe.name}: {gib(recipe.size.tensor_bytes)}, {recipe.size.bpw:.3f} bpw, "
+        f"{len(recipe.rules)} rules, predicted damage {recipe.quality.damage:.4f} nats"
+    )
+    show.print(f"written to {folder}")

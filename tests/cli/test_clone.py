@@ -1,0 +1,217 @@
+"""`clone`, `import` and `diff`: recipes from what exists, and two mixes side by side."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from quantmix import recipe as recipes
+from quantmix.cli import clone, diff
+from quantmix.emit.rules import first_match, split_rule
+from quantmix.errors import UsageError
+from quantmix.ggml.header import read_header
+from quantmix.ggml.types import get
+from quantmix.models.ghost import write_ghost
+from quantmix.models.model import Tensor
+from quantmix.models.sources import load_model
+
+app = typer.Typer()
+clone.register(app)
+diff.register(app)
+run = CliRunner()
+
+
+def doc(*args: str) -> Any:
+    """Run with --json and parse stdout."""
+    result = run.invoke(app, [*args, "--json"])
+    assert result.exit_code == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def mixed(t: Tensor) -> str:
+    """A mix as people publish it: types by role, norms f32."""
+    if not t.quantizable:
+        return "f32"
+    if t.ncols % 256:
+        return "q8_0"
+    if "exps" in t.role:
+        return "iq2_kt" if (t.layer or 0) % 2 else "iq3_k"
+    return {"output": "q6_K", "token_embd": "q4_K"}.get(t.role, "iq5_ks")
+
+
+@pytest.mark.parametrize("model_id", ["deepseek-v2-lite", "glm-4.5-air", "qwen3.5-35b-a3b"])
+def test_cloned_recipe_asks_for_the_types_of_the_file(model_id: str, tmp_path: Path) -> None:
+    """Rules of a clone, matched back, give every tensor the type and bytes the file has."""
+    model = load_model(model_id)
+    path = tmp_path / "m.gguf"
+    write_ghost(path, model, mixed)
+    out = doc("clone", str(path), "--out", str(tmp_path / "r"))
+    recipe = recipes.load(out["recipe"])
+    rules = [split_rule(r) for r in recipe.rules]
+    names = [t.name for t in model.tensors if t.quantizable]
+    asked = first_match(names, rules, "ik")
+    header = read_header(path)
+    assert {t.name: t.type.name for t in header.tensors if t.name in asked} == asked
+    assert [(t.name, t.type, t.bytes) for t in recipe.tensors] == [
+        (t.name, t.type.name, t.n_bytes) for t in header.tensors
+    ]
+    assert out["model"]["id"] == model_id
+    assert out["size"]["tensor_bytes"] == sum(t.n_bytes for t in header.tensors)
+    assert out["quality"]["damage"] > 0
+    assert "tensors" not in out
+
+
+def test_clone_refuses_what_the_engine_cannot_write(tmp_path: Path) -> None:
+    """A file with ik's types has no recipe for mainline."""
+    path = tmp_path / "m.gguf"
+    write_ghost(path, load_model("deepseek-v2-lite"), mixed)
+    result = run.invoke(app, ["clone", str(path), "--engine", "mainline", "--out", str(tmp_path)])
+    assert result.exit_code == 2
+    assert result.stderr.count("\n") == 1
+
+
+RULES = """
+# Model name: SmolLM2-135M-Instruct
+blk\\.(0|29)\\.ffn_.*=q8_0   # first and last
+ffn_down=q5_0
+ffn|attn=iq4_nl
+
+^token_embd\\.weight$=q6_0
+.*norm.*=f32
+"""
+
+
+def test_import_resolves_first_match_and_fallbacks(tmp_path: Path) -> None:
+    """The model is read from the file, earlier rules win, rows that do not fit fall back."""
+    path = tmp_path / "mix.recipe"
+    path.write_text(RULES.replace("iq4_nl", "iq4_xs"))
+    out = doc("import", str(path), "--out", str(tmp_path / "r"))
+    kinds = {t.name: t.type for t in recipes.load(out["recipe"]).tensors}
+    assert kinds["blk.29.ffn_down.weight"] == "q8_0"
+    assert kinds["blk.3.ffn_down.weight"] == "q5_0"
+    assert kinds["blk.3.ffn_up.weight"] == "iq4_nl"  # rows of 576 do not divide by 256
+    assert kinds["token_embd.weight"] == "q6_0"
+    assert kinds["blk.3.ffn_norm.weight"] == "f32"
+    assert out["model"]["id"] == "smollm2-135m"
+
+
+def test_import_needs_every_tensor_or_a_default(tmp_path: Path) -> None:
+    """Unmatched tensors are counted and named; --default types them."""
+    path = tmp_path / "mix.txt"
+    path.write_text("attn=q8_0\n")
+    args = ["import", str(path), "--model", "smollm2", "--out", str(tmp_path / "r")]
+    result = run.invoke(app, args)
+    assert result.exit_code == 2
+    assert "91 of 272" in result.stderr
+    out = doc(*args, "--default", "q4_0")
+    assert out["types"]["q4_0"]["n_tensors"] == 91
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("absent.txt", None, "cannot be read"),
+        ("binary.txt", b"\xff\xfe\x00", "not text"),
+        ("no-such-model.txt", b"a=q8_0", "unknown model"),
+        ("smollm2.txt", b"a=q9_9", "no type"),
+        ("smollm2.txt", b".*=q8_K", "cannot write"),
+    ],
+)
+def test_bad_rules_files_are_one_line_and_exit_2(
+    name: str, content: bytes | None, words: str, tmp_path: Path
+) -> None:
+    """Files that are missing, not text, for no model or with unusable types are refused."""
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
+    result = run.invoke(app, ["import", str(path), "--out", str(tmp_path / "r")])
+    assert result.exit_code == 2, result.stderr
+    assert words in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_diff_of_a_file_with_its_clone_is_empty(tmp_path: Path) -> None:
+    """A recipe and the file that it was cloned from differ in nothing."""
+    path = tmp_path / "m.gguf"
+    write_ghost(path, load_model("glm-4.5-air"), mixed)
+    folder = doc("clone", str(path), "--out", str(tmp_path / "r"))["recipe"]
+    out = doc("diff", str(path), folder)
+    assert out["changed"] == out["only_a"] == out["only_b"] == []
+    assert out["a"]["tensor_bytes"] == out["b"]["tensor_bytes"]
+    assert out["a"]["damage"] == pytest.approx(out["b"]["damage"])
+
+
+def test_diff_counts_types_sizes_and_damage(tmp_path: Path) -> None:
+    """What differs is listed per tensor and summed per role and layer, and the sums agree."""
+    model = load_model("smollm2-135m")
+    for name, kind in (("a", "q4_0"), ("b", "q8_0")):
+        write_ghost(
+            tmp_path / f"{name}.gguf",
+            model,
+            lambda t, kind=kind: (  # type: ignore[misc]
+                "f32" if not t.quantizable else kind if t.role == "ffn_down" else "q6_0"
+            ),
+        )
+    out = doc("diff", str(tmp_path / "a.gguf"), str(tmp_path / "b.gguf"))
+    assert len(out["changed"]) == 30
+    assert {c["role"] for c in out["changed"]} == {"ffn_down"}
+    more = 30 * (get("q8_0").tensor_bytes((1536, 576)) - get("q4_0").tensor_bytes((1536, 576)))
+    assert out["b"]["tensor_bytes"] - out["a"]["tensor_bytes"] == more
+    for lines in (out["roles"], out["layers"]):
+        assert sum(x["b"]["bytes"] - x["a"]["bytes"] for x in lines) == more
+        assert sum(x["a"]["damage"] for x in lines) == pytest.approx(out["a"]["damage"])
+        assert sum(x["n_changed"] for x in lines) == 30
+    assert out["a"]["damage"] > out["b"]["damage"]
+    for by in ("role", "layer", "tensor"):
+        shown = run.invoke(
+            app, ["diff", str(tmp_path / "a.gguf"), str(tmp_path / "b.gguf"), "--by", by]
+        )
+        assert "30 tensors differ" in shown.stderr
+        assert shown.stdout == ""
+
+
+def test_diff_of_different_models_is_refused(tmp_path: Path) -> None:
+    """Mixes of different models are not compared."""
+    result = run.invoke(app, ["diff", "qwen3-4b", "qwen3-8b"])
+    assert result.exit_code == 2
+    assert "not the same model" in result.stderr
+
+
+def test_diff_lists_tensors_of_one_side_only() -> None:
+    """Two layouts of one model share most tensors; the others are listed."""
+    from quantmix.compare import Side, diff, load_side
+
+    a, b = load_side("smollm2-135m"), load_side("llama-3.2-1b")
+    with pytest.raises(UsageError):
+        diff(a, b)
+    found = diff(a, Side("half", a.tensors[:100]))
+    assert len(found.only_a) == 172
+    assert found.only_b == ()
+
+
+@pytest.mark.engine
+@pytest.mark.slow
+def test_clone_of_a_really_quantized_file_makes_the_same_file(tmp_path: Path) -> None:
+    """A preset's file, cloned and quantized again by the rules, has the same types and sizes."""
+    from quantmix import demo
+
+    package = pytest.importorskip("ik_llama_cpp")
+    binary = str(Path(package.__file__).parent / "bin" / "llama-quantize")
+    source = str(demo.build("plain").path)
+    first, second = tmp_path / "first.gguf", tmp_path / "second.gguf"
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "timeout": 300}
+    subprocess.run([binary, source, str(first), "Q4_K_S", "2"], check=True, **quiet)  # type: ignore[call-overload]
+    out = doc("clone", str(first), "--out", str(tmp_path / "r"))
+    command = [binary, "--custom-q", ",".join(out["rules"]), source, str(second), "Q5_0", "2"]
+    subprocess.run(command, check=True, **quiet)  # type: ignore[call-overload]
+    a, b = read_header(first), read_header(second)
+    assert [(t.name, t.type.name, t.n_bytes) for t in a.tensors] == [
+        (t.name, t.type.name, t.n_bytes) for t in b.tensors
+    ]
+    assert out["size"]["tensor_bytes"] == sum(t.n_bytes for t in b.tensors)
