@@ -14,8 +14,9 @@ K = min(index_top_k, cells)·layers of a DSA indexer, k its masks and scores (8�
     ml_ffn        m16 + u·(3D + 4E)                       dense feed-forward: gate, up, product
     ml_moe        m16 + u·max(3F + 4E, 2X + F + 2E)       routed experts
 
-Against those 531 buffers the maximum of the lines is 1.04 times the engine's in the median and at
-worst 0.90 times; the safety factor of regimes without a row in `margins.csv` is above both.
+Engine over estimate, by the line that is largest: ml_out 0.93 in the median and 1.09 at most (392
+buffers), ml_attn 1.00 and 1.03 (48), ml_attn_nofa 1.01 and 1.06 (58), ml_ffn and ml_moe 1.00 and
+1.00 (16 each). The margin of regimes without a row in `margins.csv` (1.25 and 64 MiB) covers all.
 `python -m quantmix.engine.mainline_sweep` measures them again.
 """
 

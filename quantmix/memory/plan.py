@@ -8,7 +8,7 @@ from typing import Final
 
 from quantmix.errors import UsageError
 from quantmix.ggml import types
-from quantmix.memory import compute, kv
+from quantmix.memory import compute, kv, mainline_graph
 from quantmix.memory.margins import safe
 from quantmix.memory.model import HOST, DeviceMemory, Placement, Regime
 from quantmix.memory.settings import Settings
@@ -51,11 +51,7 @@ def device_memory(
             else sum(b for b, d in zip(cache, home, strict=True) if d == i),
             derived_bytes=sum(b for b, d in zip(derived, home, strict=True) if d == i),
             reserve_bytes=gpu_reserve_bytes(gpu, settings, first=i == 0, desktop=rig.desktop),
-            compute=safe(
-                compute.regimes(
-                    model, settings, _gpu_role(model, settings, rig, placement, i), upper=True
-                )
-            ),
+            compute=_bounds(model, settings, _gpu_role(model, settings, rig, placement, i)),
             duplicate_embedding=i == placement.output_device and is_tied(model),
         )
         for i, gpu in enumerate(rig.gpus)
@@ -195,5 +191,12 @@ def _host_compute(
         copies=_copies(settings, rig, placement),
     )
     logits = compute.output_bytes(model, settings)
-    bounds: Sequence[Regime] = safe(compute.regimes(model, settings, role, upper=True))
+    bounds: Sequence[Regime] = _bounds(model, settings, role)
     return tuple(Regime(r.name, r.constant_bytes + logits, r.coefficient) for r in bounds)
+
+
+def _bounds(model: Model, settings: Settings, role: compute.DeviceRole) -> tuple[Regime, ...]:
+    """Regimes of a device with their margins; mainline's graph has estimates of its own."""
+    if settings.engine == "mainline":
+        return safe(mainline_graph.regimes(model, settings, role))
+    return safe(compute.regimes(model, settings, role, upper=True))
