@@ -39,7 +39,6 @@ def assemble(
     settings: Settings,
     tensors: tuple[PlannedTensor, ...],
     *,
-    ruled: Mapping[str, str],
     name: str,
     budget: Mapping[str, Any],
     devices: tuple[DeviceUse, ...],
@@ -50,9 +49,11 @@ def assemble(
 ) -> Recipe:
     """Return the recipe whose file holds `tensors`, one per tensor of the model, in its order.
 
-    `ruled` are the tensors (name → type) that rules must name; all others stay as in the source.
+    Rules name every tensor that the engine may quantize, also those that keep the type of the
+    source (gpt-oss' mxfp4 experts), which the preset would change otherwise.
     """
     types = types_table(tensors, model)
+    ruled = {p.name: p.type for p, t in zip(tensors, model.tensors, strict=True) if t.quantizable}
     rules = [r.text for r in build_rules(model.tensors, ruled)]
     ftype = ftype_of({n: row["bytes"] for n, row in types.items()}, settings.engine)
     return Recipe(

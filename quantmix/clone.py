@@ -161,7 +161,6 @@ def _recipe(
         model,
         make_settings(engine=engine),
         tensors,
-        ruled={n: k.name for n, k in written.items()},
         name=_safe(name),
         budget={"label": f"types of {origin}", "ideal": False},
         devices=(),

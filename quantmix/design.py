@@ -206,7 +206,6 @@ def _assemble(
         model,
         settings,
         tensors,
-        ruled={t.name: t.type for t, q in zip(tensors, mix, strict=True) if q is not None},
         name=options.name or f"{model.id}-{_slug(budget.label)}",
         budget={"label": budget.label, "ideal": bool(budget.rig and budget.rig.ideal)},
         devices=devices,
