@@ -70,6 +70,15 @@ class Choices:
                     columns[member] = group.columns[j, part]
         return columns, homes
 
+    def option_label(self, g: int, j: int) -> str:
+        """Return an option in words: `iq2_kt@GPU0`, `iq2_ks+iq3_k@CPU`."""
+        group = self.groups[g]
+        home = self.pools[group.homes[j]]
+        if all(self.palette.kept_bytes[m] for m in group.members):
+            return f"kept@{home}"
+        names = dict.fromkeys(self.palette.types[c].name for c in group.columns[j])
+        return f"{'+'.join(names)}@{home}"
+
 
 def movable_roles(model: Model) -> tuple[str, ...]:
     """Return the roles that may lie in RAM while their layer stays on a GPU."""
@@ -185,7 +194,7 @@ def to_problem(
         capacities = np.concatenate([capacities, np.full((len(capacities), 1), budget)], axis=1)
     return Problem(
         groups=tuple(g.label for g in choices.groups),
-        options=tuple(_option_labels(choices, g) for g in choices.groups),
+        option=choices.option_label,
         cost=cost,
         use=use,
         pools=pools,
@@ -194,16 +203,6 @@ def to_problem(
         level=choices.level,
         constraints=constraints,
     )
-
-
-def _option_labels(choices: Choices, group: Group) -> tuple[str, ...]:
-    names = [t.name for t in choices.palette.types]
-    kept = all(choices.palette.kept_bytes[m] for m in group.members)
-    labels = []
-    for home, columns in zip(group.homes, group.columns, strict=True):
-        types = "kept" if kept else "+".join(dict.fromkeys(names[c] for c in columns))
-        labels.append(f"{types}@{choices.pools[home]}")
-    return tuple(labels)
 
 
 def _groups(
@@ -296,7 +295,7 @@ def _movable_group(model: Model, palette: Palette, members: list[int], gpu: int)
                 continue
             raise
         grid = np.stack([np.repeat(first, len(second)), np.tile(second, len(first))], axis=1)
-        keep = _undominated(palette, pair, down, grid)
+        keep = _hull(palette, pair, down, grid)
         homes.append(np.full(len(keep), home, dtype=np.int64))
         columns.append(grid[keep])
     return Group(
@@ -308,10 +307,13 @@ def _movable_group(model: Model, palette: Palette, members: list[int], gpu: int)
     )
 
 
-def _undominated(
+def _hull(
     palette: Palette, pair: list[int], down: list[int], grid: NDArray[np.int64]
 ) -> NDArray[np.int64]:
-    """Return the rows of `grid` that no other beats in both bytes and damage."""
+    """Return the rows of `grid` on the lower convex hull of (bytes, damage).
+
+    Movable groups serve the relaxed problem only, whose optimum lies on the hull.
+    """
     n_bytes = np.zeros(len(grid))
     damage = np.zeros(len(grid))
     for members, part in ((pair, 0), (down, 1)):
@@ -320,8 +322,18 @@ def _undominated(
                 continue
             n_bytes += palette.bytes[m, grid[:, part]]
             damage += palette.damage[m, grid[:, part]]
-    order = np.lexsort((damage, n_bytes))
-    best = np.minimum.accumulate(damage[order])
-    first = np.concatenate([[True], damage[order][1:] < best[:-1]])
-    kept: NDArray[np.int64] = order[first]
-    return kept
+    hull: list[int] = []
+    for i in np.lexsort((damage, n_bytes)):
+        if hull and damage[i] >= damage[hull[-1]]:
+            continue
+        while len(hull) > 1 and _above(n_bytes, damage, hull[-2], hull[-1], int(i)):
+            hull.pop()
+        hull.append(int(i))
+    return np.array(hull, dtype=np.int64)
+
+
+def _above(x: FloatArray, y: FloatArray, a: int, b: int, c: int) -> bool:
+    """Whether point b lies on or above the line from a to c."""
+    left = (y[b] - y[a]) * (x[c] - x[a])
+    right = (y[c] - y[a]) * (x[b] - x[a])
+    return bool(left >= right)

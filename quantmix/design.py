@@ -119,9 +119,8 @@ def _for_rig(
 ) -> Design:
     from quantmix import timing
 
-    times = timing.of(model, palette, rig, budget.settings)
-    goals = replace(options.goals, max_seconds=times.budget(options.min_tps))
-    plan = plan_on_rig(model, palette, rig, budget.settings, times.cells, goals)
+    times = timing.of(model, palette, rig, budget.settings, options.min_tps)
+    plan = plan_on_rig(model, palette, rig, budget.settings, times, options.goals)
     if isinstance(plan, Shortage):
         from quantmix.feasible import explain
 

@@ -62,12 +62,10 @@ def _fits(model: Model, palette: Palette, options: Options, rig: Rig, settings: 
     from quantmix import timing
     from quantmix.errors import UsageError
 
-    times = timing.of(model, palette, rig, settings)
-    goals = Goals(
-        max_seconds=times.budget(options.min_tps), limits=Limits(gap=0.5, nodes=1, seconds=1.0)
-    )
+    times = timing.of(model, palette, rig, settings, options.min_tps)
+    goals = Goals(limits=Limits(gap=0.5, seconds=0.0))
     try:
-        found = plan_on_rig(model, palette, rig, settings, times.cells, goals)
+        found = plan_on_rig(model, palette, rig, settings, times, goals)
     except UsageError:
         return False
     return not isinstance(found, Shortage)

@@ -10,7 +10,7 @@ where memory is dear to neighbours where it is cheap. Everything else is the kna
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -27,15 +27,14 @@ from quantmix.placement import move_boundary, number_ranges, ranges, split_layer
 from quantmix.rig.device import Rig
 from quantmix.solve.problem import FloatArray, IntArray, Problem, Solution
 from quantmix.solve.solver import Limits, relax, solve
+from quantmix.timing import Timing
 from quantmix.units import GIB
 
 _BOUNDARY_TRIES = 8
 _PRICE_RATIO = 1.25
+_WORTH_ROUNDING_UP = 0.2  # of a layer; below it one more layer will not fit
 _QUICK = Limits(gap=2e-3, seconds=0.0)  # to compare placements
 _SLACK_NATS, _SLACK_SHARE = 0.003, 0.02  # CONTRACT §2: quality slack of stage 2
-
-Seconds = Callable[[Palette], FloatArray]
-"""Time per token: (D, T, Q) seconds of every tensor at every type on every device."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +42,6 @@ class Goals:
     """What is wanted besides least damage, and when the search stops."""
 
     quality_slack: float | None = None
-    max_seconds: float | None = None
     limits: Limits = field(default_factory=Limits)
 
 
@@ -83,12 +81,11 @@ def plan_on_rig(
     palette: Palette,
     rig: Rig,
     settings: Settings,
-    seconds: Seconds,
+    timing: Timing,
     goals: Goals,
 ) -> Plan | Shortage:
     """Return the best plan found on `rig`, or what is missing."""
-    search = _Search(model, palette, rig, settings, seconds(palette), goals)
-    return search.run()
+    return _Search(model, palette, rig, settings, timing, goals).run()
 
 
 @dataclass(frozen=True)
@@ -113,7 +110,7 @@ class _Search:
     palette: Palette
     rig: Rig
     settings: Settings
-    seconds: FloatArray
+    timing: Timing
     goals: Goals
 
     def run(self) -> Plan | Shortage:
@@ -220,15 +217,19 @@ class _Search:
         """
         placement = self._placement(self._even_weights(), host_layers)
         movable = self._movable(placement.layer_device)
-        keep = self._experts_kept(replace(placement, cpu_experts=movable))
+        wanted = self._experts_kept(replace(placement, cpu_experts=movable))
+        keep = [int(n + 1e-6) for n in wanted]
         best = self._solve(self._keeping(placement, movable, keep), _QUICK)
-        for gpu in range(len(self.rig.gpus)) if best.fits else ():
-            more = [k + (g == gpu) for g, k in enumerate(keep)]
-            if more[gpu] > sum(placement.layer_device[i] == gpu for i in movable):
+        if not best.fits:
+            return best
+        cost = self._cost(best)
+        for gpu, n in enumerate(wanted):
+            if n - keep[gpu] < _WORTH_ROUNDING_UP:
                 continue
+            more = [k + (g == gpu) for g, k in enumerate(keep)]
             tried = self._solve(self._keeping(placement, movable, more), _QUICK)
-            if tried.fits and self._cost(tried) < self._cost(best):
-                best, keep = tried, more
+            if tried.fits and self._cost(tried) < cost:
+                best, keep, cost = tried, more, self._cost(tried)
         return best
 
     def _cost(self, tried: _Tried) -> float:
@@ -237,27 +238,26 @@ class _Search:
         rows = np.arange(len(tried.choices.groups))
         return float(tried.choices.seconds[rows, solution.choice].sum())
 
-    def _experts_kept(self, placement: Placement) -> list[int]:
+    def _experts_kept(self, placement: Placement) -> list[float]:
         """Return how many expert layers each GPU keeps in the relaxed problem."""
-        counts = [0] * len(self.rig.gpus)
+        counts = [0.0] * len(self.rig.gpus)
         memory = self._memory(placement)
         choices = self._choices(placement, memory, movable=True)
         capacities, levels = self._capacities(memory, choices)
-        x = self._relaxed(choices, capacities[-1:], levels[-1:])
+        x = self._relaxed(placement, choices, capacities[-1:], levels[-1:])
         if x is None:
             return counts
-        totals = np.zeros(len(counts))
         for g, group in enumerate(choices.groups):
             if len(set(group.homes.tolist())) > 1:
                 for home in range(len(counts)):
-                    totals[home] += x[g, : len(group.homes)][group.homes == home].sum()
-        return [int(t + 1e-6) for t in totals]
+                    counts[home] += float(x[g, : len(group.homes)][group.homes == home].sum())
+        return counts
 
     def _relaxed(
-        self, choices: Choices, capacities: FloatArray, levels: IntArray
+        self, placement: Placement, choices: Choices, capacities: FloatArray, levels: IntArray
     ) -> FloatArray | None:
         """Return the LP answer of stage 2, or of stage 1 where damage leaves no room."""
-        first = to_problem(choices, capacities, levels, (), budget=self.goals.max_seconds)
+        first = to_problem(choices, capacities, levels, (), budget=self.timing.allowed(placement))
         one = relax(first)
         if one is None:
             return None
@@ -351,7 +351,7 @@ class _Search:
         self, placement: Placement, memory: Sequence[DeviceMemory], *, movable: bool = False
     ) -> Choices:
         return build_choices(
-            self.model, self.palette, placement, memory, self.seconds, movable=movable
+            self.model, self.palette, placement, memory, self.timing.cells, movable=movable
         )
 
     def _capacities(
@@ -385,9 +385,8 @@ class _Search:
         if placement.cpu_experts:
             layers = number_ranges(placement.cpu_experts)
             constraints = (*constraints, f"experts in RAM: layers {layers}")
-        problem = to_problem(
-            choices, capacities, levels, constraints, budget=self.goals.max_seconds
-        )
+        allowed = self.timing.allowed(placement)
+        problem = to_problem(choices, capacities, levels, constraints, budget=allowed)
         return _Tried(placement, choices, problem, solve(problem, limits or self.goals.limits))
 
     def _finish(self, best: _Tried, solution: Solution) -> Plan:
@@ -446,7 +445,7 @@ def plan_in_file(
     rows = _file_use(choices)
     problem = Problem(
         groups=tuple(g.label for g in choices.groups),
-        options=to_problem(choices, np.zeros((1, 2)), np.zeros(1, dtype=np.int64), ()).options,
+        option=choices.option_label,
         cost=choices.damage,
         use=rows[None],
         pools=("file",),

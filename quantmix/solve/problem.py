@@ -11,6 +11,7 @@ largest expert tensor in RAM); pools without such a term have one capacity for e
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,7 +28,7 @@ class Problem:
 
     Attributes:
         groups: a label per group, shape (G,).
-        options: per group the labels of its options; padding is not listed.
+        option: the label of option j of group g.
         cost: (G, J), +inf where padded or not allowed. Any unit; nats for damage.
         use: (P, G, J), bytes (or nats for a damage pool); 0 where padded.
         pools: a name per pool, shape (P,).
@@ -38,7 +39,7 @@ class Problem:
     """
 
     groups: tuple[str, ...]
-    options: tuple[tuple[str, ...], ...]
+    option: Callable[[int, int], str]
     cost: FloatArray
     use: FloatArray
     pools: tuple[str, ...]
@@ -56,10 +57,10 @@ class Problem:
         pools: tuple[str, ...] | None = None,
     ) -> Problem:
         """Build a problem without levels: `cost` (G, J), `use` (P, G, J), `capacity` (P,)."""
-        n_groups, n_options = cost.shape
+        n_groups = len(cost)
         return cls(
             groups=tuple(f"g{g}" for g in range(n_groups)),
-            options=tuple(tuple(f"o{j}" for j in range(n_options)) for _ in range(n_groups)),
+            option=lambda g, j: f"o{j}",
             cost=cost,
             use=use,
             pools=pools or tuple(f"pool{p}" for p in range(use.shape[0])),
@@ -73,7 +74,7 @@ class Problem:
         groups = []
         for g, label in enumerate(self.groups):
             rows = []
-            for j, option in enumerate(self.options[g]):
+            for j in range(self.cost.shape[1]):
                 if np.isfinite(self.cost[g, j]):
                     uses = {
                         p: int(self.use[i, g, j])
@@ -83,7 +84,7 @@ class Problem:
                         if self.use[i, g, j]
                     }
                     row: dict[str, Any] = {
-                        "option": option,
+                        "option": self.option(g, j),
                         "damage": float(self.cost[g, j]),
                         "bytes": uses,
                     }

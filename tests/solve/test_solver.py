@@ -54,7 +54,7 @@ def problems(draw: st.DrawFn) -> Problem:
     level = rng.integers(0, 3, cost.shape)
     return Problem(
         groups=simple.groups,
-        options=simple.options,
+        option=simple.option,
         cost=cost,
         use=use,
         pools=simple.pools,
