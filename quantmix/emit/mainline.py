@@ -42,11 +42,11 @@ def offload_flags(
     if in_ram_output:
         flags += ["-ot", "^output=CPU"]
     flags += expert_override(model, placement, settings)
-    flags += _context(settings)
+    flags += _context(model, settings)
     return OffloadFlags(flags, environment(rig, plan))
 
 
-def _context(settings: Settings) -> list[str]:
+def _context(model: Model, settings: Settings) -> list[str]:
     """Everything that shapes the buffers, defaults included, in this build's spelling."""
     s = settings
     flags = ["-fit", "off"] if s.build >= FIT else []
@@ -55,7 +55,9 @@ def _context(settings: Settings) -> list[str]:
         flags += ["-fa", "on" if s.fa else "off"]
     elif s.fa:
         flags += ["-fa"]
-    flags += ["-ctk", s.ctk, "-ctv", s.ctv, "-np", str(s.parallel)]
+    # A latent cache holds no V, and llama_init_from_model refuses two different types for it.
+    ctv = s.ctk if model.hparams.is_mla else s.ctv
+    flags += ["-ctk", s.ctk, "-ctv", ctv, "-np", str(s.parallel)]
     if s.build >= CRAM:
         flags += ["-cram", str(s.cram_mib)]
     if s.nkvo:

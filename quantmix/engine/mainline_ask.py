@@ -15,6 +15,8 @@ from quantmix.errors import EngineError
 
 _SECONDS: Final = 300
 _SHOWN_LINES: Final = 3
+_TELLING: Final = ("error", "fail", "assert", "abort", "does not support", "not supported")
+_CHATTER: Final = ("create_tensor: loading tensor", "llama_kv_cache: layer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,13 +83,11 @@ def child_environment() -> dict[str, str]:
 
 def last_words(log: str) -> str:
     """Return the lines of a log that say why it ended, on one line."""
-    lines = [line.strip() for line in log.splitlines() if line.strip()]
-    telling = [
-        line
-        for line in lines
-        if any(
-            w in line.lower() for w in ("error", "fail", "assert", "abort", "no type", "exports")
-        )
+    lines = [
+        line.strip()
+        for line in log.splitlines()
+        if line.strip() and not line.startswith(_CHATTER) and " buffer size = " not in line
     ]
+    telling = [line for line in lines if any(word in line.lower() for word in _TELLING)]
     shown = (telling or lines)[-_SHOWN_LINES:]
     return " | ".join(shown) if shown else "it said nothing"

@@ -119,7 +119,7 @@ def check_memory(
             "check designs made with `--engine mainline`"
         )
     used = engine or find_mainline("memory")
-    wanted = _mainline(settings)
+    wanted = _mainline(model, settings)
     with tempfile.TemporaryDirectory(prefix="quantmix-") as folder:
         ghost = Path(folder) / "ghost.gguf"
         write_ghost(ghost, model, type_of, engine="mainline")
@@ -172,8 +172,8 @@ def weights_on_host(model: Model, type_of: Mapping[str, str], *, mtp: bool) -> i
     return total
 
 
-def _mainline(settings: Settings) -> Settings:
-    """The same launch under mainline's rules."""
-    if settings.engine == "mainline":
-        return settings
-    return replace(settings, engine="mainline", build=NEWEST_BUILD["mainline"])
+def _mainline(model: Model, settings: Settings) -> Settings:
+    """The same launch under mainline's rules; a latent cache has one type, as the flags say."""
+    build = settings.build if settings.engine == "mainline" else NEWEST_BUILD["mainline"]
+    ctv = settings.ctk if model.hparams.is_mla else settings.ctv
+    return replace(settings, engine="mainline", build=build, ctv=ctv)

@@ -138,10 +138,26 @@ def _attention(model: Model, settings: Settings, *, swa: bool, layer: int) -> in
     else:
         heads = h.n_head if h.is_mla else h.n_head_kv
         per_cell = _gqa_cell(settings, heads, h.head_dim_k, h.head_dim_v)
+    per_cell += _transposed_padding(h, settings, swa=swa)
     cells = _swa_cells(h, settings) if swa else n_cells(settings)
     indexed = layer in _indexed_blocks(h, settings)
     extra = n_cells(settings) * _indexer_cell(h, settings) if indexed else 0
     return cells * per_cell + extra
+
+
+def _transposed_padding(h: HParams, settings: Settings, *, swa: bool) -> int:
+    """Extra V bytes per cell of mainline without flash attention, where layers differ in width.
+
+    V is then held transposed, and every layer is as wide as the widest
+    (llama.cpp src/llama-kv-cache.cpp, n_embd_v_gqa_max).
+    """
+    differs = bool(h.head_dim_swa or h.n_head_kv_full) and bool(h.sliding_window)
+    if settings.engine != "mainline" or settings.fa or not differs:
+        return 0
+    narrow = h.n_head_kv * (h.head_dim_swa or h.head_dim_v)
+    wide = (h.n_head_kv_full or h.n_head_kv) * h.head_dim_v
+    missing = max(narrow, wide) - (narrow if swa else wide)
+    return _row(settings, settings.ctv, missing) if missing else 0
 
 
 def _latent(model: Model, settings: Settings) -> bool:

@@ -185,6 +185,15 @@ def test_refusals_carry_the_engines_words(
 
 
 @pytest.mark.engine
+def test_two_cache_types_for_a_latent_cache(mainline: Mainline, tmp_path: Path) -> None:
+    """What mainline refuses it refuses with its own reason, free of its chatter."""
+    ghost = tmp_path / "ghost.gguf"
+    write_ghost(ghost, load_model("deepseek-v2-lite"), engine="mainline")
+    with pytest.raises(EngineError, match=r"refused: llama_init_from_model: model does not supp"):
+        measure_memory(ghost, Settings(engine="mainline", ctk="q8_0"), engine=mainline)
+
+
+@pytest.mark.engine
 def test_no_file_and_no_gguf(tmp_path: Path, mainline: Mainline) -> None:
     """A file that is missing or is no GGUF fails with the engine's words, for both questions."""
     noise = tmp_path / "noise.gguf"

@@ -113,6 +113,23 @@ def test_sparse_attention_is_counted_exactly(name: str, mainline: Mainline) -> N
 
 
 @pytest.mark.engine
+def test_latent_cache_takes_the_type_of_k(mainline: Mainline) -> None:
+    """An MLA design with two cache types is launched with that of K, which the engine accepts."""
+    model = load_model("deepseek-v2-lite")
+    report = check_memory(model, mixed_types(model), replace(BASE, ctk="q8_0"), engine=mainline)
+    assert report.ok
+
+
+@pytest.mark.engine
+def test_layers_of_two_widths_without_flash_attention(mainline: Mainline) -> None:
+    """Without flash attention mainline pads V of every layer to the widest (Gemma 4)."""
+    model = load_model("gemma-4-31b-it")
+    without = check_memory(model, mixed_types(model), replace(BASE, fa=False), engine=mainline)
+    assert without.ok
+    assert without.comparisons[1].engine_bytes > sum(kv.kv_bytes(model, BASE))
+
+
+@pytest.mark.engine
 def test_mtp_weights_are_counted_when_loaded(mainline: Mainline) -> None:
     """With `mtp` the engine's weights grow by the MTP block, and so does the plan."""
     model = load_model("glm-4.5-air")
