@@ -9,6 +9,7 @@ them proven best for exactly what it uses, and the dual bound for every capacity
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -50,7 +51,7 @@ class Hull:
         for g in range(len(cost)):
             corners = lower_hull(use[g], cost[g])
             start[g] = corners[0]
-            for rank, (a, b) in enumerate(zip(corners[:-1], corners[1:], strict=True)):
+            for rank, (a, b) in enumerate(pairwise(corners)):
                 price = (cost[g, a] - cost[g, b]) / (use[g, b] - use[g, a])
                 steps.append((-float(price), g, rank, b))
         steps.sort()
