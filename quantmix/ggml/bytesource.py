@@ -54,8 +54,9 @@ def open_file(path: str | Path) -> FileSource:
     """
     file = Path(path)
     try:
-        if not file.is_file():
-            raise BadFile(f"{file} is not a file: give a GGUF file, a folder or a model name")
-        return FileSource(file, file.stat().st_size)
+        size = file.stat().st_size if file.is_file() else None
     except (OSError, ValueError) as err:
-        raise BadFile(f"{file!s} cannot be opened: {err}") from err
+        raise BadFile(f"{file} cannot be opened: {err}") from err
+    if size is None:
+        raise BadFile(f"{file} is not a file: give a GGUF file, a folder or a model name")
+    return FileSource(file, size)

@@ -299,9 +299,10 @@ def _preamble(r: _Reader) -> tuple[int, int, int]:
     if version not in (2, 3):
         raise BadFile(f"{r.source.name} is GGUF version {version}: only 2 and 3 are read")
     n_tensors, n_kv = r.scalar("Q"), r.scalar("Q")
-    for n, what, limit in ((n_tensors, "tensors", MAX_TENSORS), (n_kv, "metadata keys", MAX_KEYS)):
+    counts = ((8, n_tensors, "tensors", MAX_TENSORS), (16, n_kv, "metadata keys", MAX_KEYS))
+    for at, n, what, limit in counts:
         if n > limit:
-            raise BadFile(f"{r.source.name}: it claims {n} {what} at byte 8 (at most {limit})")
+            raise BadFile(f"{r.source.name}: it claims {n} {what} at byte {at} (at most {limit})")
     return version, n_tensors, n_kv
 
 

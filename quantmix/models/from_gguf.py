@@ -163,20 +163,20 @@ def _swa_pattern(kv: _Keys, arch: str) -> str:
 
 
 def _ffn(kv: _Keys, names: _Names, arch: str) -> dict[str, Any]:
-    gate_exps = names.shape("ffn_up_exps.weight") or names.shape("ffn_gate_up_exps.weight")
+    is_moe = names.any("ffn_gate_inp.weight") or names.any("ffn_down_exps.weight")
     shexp = names.shape("ffn_up_shexp.weight")
     moe_layers = names.layers_with("ffn_down_exps.weight")
     step = kv.count("interleave_moe_layer_step") or 1
     shared = kv.count("expert_shared_count")
-    down_exps = names.shape("ffn_down_exps.weight")
+    down_exps = names.shape("ffn_down_exps.weight") or names.shape("ffn_down.0.weight")
     return {
         "n_ff": max(kv.counts("feed_forward_length"), default=0),
         "n_dense_lead": kv.count("leading_dense_block_count")
         or (moe_layers[0] if moe_layers and step == 1 else 0),
         "n_ff_exp": down_exps[0] if down_exps else 0,
         "n_ff_shexp": shexp[1] if shexp else 0,
-        "n_expert": kv.count("expert_count") if gate_exps else 0,
-        "n_expert_used": kv.count("expert_used_count") if gate_exps else 0,
+        "n_expert": kv.count("expert_count") if is_moe else 0,
+        "n_expert_used": kv.count("expert_used_count") if is_moe else 0,
         "n_expert_shared": shared or (1 if shexp else 0),
         "moe_layer_step": step,
         "exp_probs_b": names.any("exp_probs_b.bias"),

@@ -139,3 +139,21 @@ def test_folder_of_shards(tmp_path: Path) -> None:
     model = load_model(str(tmp_path))
     assert [t.name for t in model.tensors] == ["token_embd.weight", "output.weight"]
     assert model.tensors[0].active_fraction == 0
+
+
+def test_experts_of_old_files_are_read_in_part(tmp_path: Path) -> None:
+    """Files from before experts were merged have one tensor per expert; few are read per token."""
+    kv = {
+        "general.architecture": "llama",
+        "llama.block_count": 1,
+        "llama.attention.head_count": 2,
+        "llama.expert_count": 8,
+        "llama.expert_used_count": 2,
+    }
+    shapes: dict[str, tuple[int, ...]] = {"token_embd.weight": (8, 9), "output.weight": (8, 9)}
+    shapes["blk.0.ffn_gate_inp.weight"] = (8, 8)
+    shapes |= {f"blk.0.ffn_down.{e}.weight": (16, 8) for e in range(8)}
+    model = load_model(write(tmp_path / "old.gguf", kv, shapes))
+    assert model.by_name["blk.0.ffn_down.3.weight"].active_fraction == 0.25
+    assert model.by_name["blk.0.ffn_gate_inp.weight"].active_fraction == 1
+    assert (model.hparams.n_expert, model.hparams.n_ff_exp) == (8, 16)

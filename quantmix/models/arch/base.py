@@ -12,6 +12,7 @@ S n_ff_shexp, R kv_lora_rank, Q q_lora_rank.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 
 from quantmix.models.model import HParams, Tensor
@@ -22,6 +23,9 @@ Entry = tuple[str, tuple[int, ...]]
 # Written as f32 by the converter although they have two dimensions
 # (llama.cpp conversion/base.py, the F32 overrides of prepare_tensors).
 _F32_PARTS = ("_norm.weight", "ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight", "ssm_conv1d")
+
+# One expert of a file made before experts were merged (llama.cpp, March 2024).
+_ONE_EXPERT = re.compile(r"\.ffn_(gate|up|down)\.\d+\.weight$")
 
 
 def block(i: int, entries: Iterable[Entry]) -> Iterator[Entry]:
@@ -160,7 +164,7 @@ def active_fraction(name: str, h: HParams, *, has_output: bool, has_k_b: bool) -
     Routed experts: used / all. Input embedding: a row lookup, unless it is also the head.
     attn_kv_b next to attn_k_b and attn_v_b holds the same weights twice and is read for prompts.
     """
-    if "_exps." in name and h.n_expert:
+    if h.n_expert and ("_exps." in name or _ONE_EXPERT.search(name)):
         return h.n_expert_used / h.n_expert
     if name == "token_embd.weight" and has_output:
         return 0.0
