@@ -28,6 +28,7 @@ _MODULES = (
     "measure",
     "clone",
     "diff",
+    "offload",
     "inspect",
     "models",
     "types",

@@ -19,7 +19,7 @@ from quantmix.speed.roofline import Kind, Load, Reader, slow_family, upload_from
 
 _NEEDED: Final = ("case_id", "mode", "model", "quant_label", "cpu", "gpus", "n_kv", "tg_tps")
 _ITEM: Final = re.compile(r"^\s*(?:(\d+)\s*x\s*)?(.+?)\s*$")
-_TYPE: Final = re.compile(r"(?:IQ|Q)\d(?:_[A-Z]+|_\d)?|MXFP4|BF16|F16", re.IGNORECASE)
+_TYPE: Final = re.compile(r"(?:IQ|Q)\d(?:_[A-Z]+|_\d)?(?:_R\d)?|MXFP4|BF16|F16", re.IGNORECASE)
 
 
 class Unusable(Exception):
@@ -121,7 +121,8 @@ def label_type(label: str) -> types.GgmlType | None:
     """Return the type that a quant's name speaks of (`UD-Q2_K_XL` → q2_K), None when unclear."""
     table = {t.name.lower(): t for t in types.table("ik").values()}
     for match in _TYPE.finditer(label):
-        if found := table.get(match.group(0).lower()):
+        name = match.group(0).lower()
+        if found := table.get(name) or table.get(name.rpartition("_r")[0]):
             return found
     return None
 

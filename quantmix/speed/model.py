@@ -9,7 +9,7 @@ left out of the fit (narrower once `scale` carries one measured row of the machi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import exp
 from typing import Final
 
@@ -100,28 +100,30 @@ def predict(
     *,
     n_kv: int = 0,
     scale: float | None = None,
+    where: Mapping[str, str] | None = None,
 ) -> Speed:
     """Return tokens per second of a plan with its 90 % band.
 
     Args:
         mix: one type per tensor of the model, None where it stays as in the source.
         n_kv: tokens already in the cache.
+        where: device name per tensor when it is not what the placement says (pasted flags).
         scale: measured / predicted on this machine (`calibration`); narrows the band.
 
     A device of unknown bandwidth that holds weights gives an empty Speed.
     """
-    where = planned(model, placement, rig, mtp=settings.mtp)
+    where = where or planned(model, placement, rig, mtp=settings.mtp)
     used = {where[t.name] for t in model.tensors if t.name in where and _read_params(model, t)}
     if any(d.bandwidth_gbs is None for d in rig.devices if d.name in used) or not used:
         return Speed()
-    seconds = plan_seconds(model, settings, rig, placement, mix, n_kv=n_kv)
+    seconds = plan_seconds(model, settings, rig, placement, mix, n_kv=n_kv, where=where)
     tps = (scale or 1.0) / seconds
     band = exp(constants()["band_ln", "calibrated" if scale else "plain"])
     return Speed(
         tg_tps=tps,
         tg_low=tps / band,
         tg_high=tps * band,
-        pp_tps=_prompt_tps(model, settings, rig, placement, mix),
+        pp_tps=_prompt_tps(model, settings, rig, where, mix),
     )
 
 
@@ -133,9 +135,10 @@ def plan_seconds(
     mix: Sequence[GgmlType | None],
     *,
     n_kv: int = 0,
+    where: Mapping[str, str] | None = None,
 ) -> float:
     """Seconds per token of a plan, unknown bandwidths assumed; see `predict` for the arguments."""
-    where = planned(model, placement, rig, mtp=settings.mtp)
+    where = where or planned(model, placement, rig, mtp=settings.mtp)
     devices = {d.name: d for d in rig.devices}
     head = rig.devices[placement.output_device] if placement.output_device != HOST else rig.host
     seconds = fixed_seconds(model, settings, rig, placement, n_kv=n_kv)
@@ -245,12 +248,11 @@ def _prompt_tps(
     model: Model,
     settings: Settings,
     rig: Rig,
-    placement: Placement,
+    where: Mapping[str, str],
     mix: Sequence[GgmlType | None],
 ) -> float | None:
     """Rough prompt speed at the design's ubatch (within a factor of two in 9 of 10 logs)."""
     h = model.hparams
-    where = planned(model, placement, rig, mtp=settings.mtp)
     on_gpu = dict.fromkeys((g.name for g in rig.gpus), 0.0)
     on_cpu = experts = 0.0
     uploads = True

@@ -1,0 +1,392 @@
+"""What pasted offload flags really do: what each rule takes, what never matches or is refused."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Final, Literal
+
+from quantmix.emit.cmdline import CommandLine, Option, Override, split_overrides
+from quantmix.emit.ik import CRAM, FA_NEEDS_VALUE, FMOE_GONE
+from quantmix.emit.mainline import FA_NEEDS_VALUE as MAINLINE_FA_NEEDS_VALUE
+from quantmix.emit.mainline import FIT
+from quantmix.emit.simulate import Homes, buffer_home, is_expert
+from quantmix.errors import UsageError
+from quantmix.ggml.types import GgmlType
+from quantmix.memory.model import HOST
+from quantmix.memory.settings import Settings
+from quantmix.models.model import Model, Tensor
+from quantmix.units import pad
+
+Severity = Literal["error", "warning", "note"]
+_DIGIT_CLASS: Final = re.compile(r"\[[^\]]*\d-\d{2,}[^\]]*\]")
+_EMPTY_BRANCH: Final = re.compile(r"\|\)|\(\||\|\||\|$|^\|")
+_OPEN_NUMBER: Final = re.compile(r"blk\\?\.[^.\\]*[\d\])]$")
+_IK_ONLY: Final = ("mla", "amb", "fmoe", "ooae", "rtr", "ser", "op")
+_AMB_DEFAULT: Final = "2026-08-13"  # ik PR 2312: 256 MiB
+_MLA_DEFAULT: Final = "2025-11-12"  # ik: 3
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing to know. `rule` is the number of the override it is about, from 1."""
+
+    severity: Severity
+    text: str
+    rule: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RuleReport:
+    """What one override does.
+
+    `matched` tensors hold the pattern, `won` of them are moved by it (the others were taken by
+    earlier rules: `taken_by`, rule number → count). `layers` lists the layers it moves.
+    """
+
+    number: int
+    pattern: str
+    buffer: str
+    matched: int
+    won: int
+    layers: str
+    taken_by: dict[int, int]
+
+
+def settings_of(command: CommandLine, base: Settings) -> Settings:
+    """Return `base` with what the command line sets, engine defaults where it is silent."""
+    new_ik = base.engine == "ik" and base.build >= FA_NEEDS_VALUE
+    fa_default = base.engine == "mainline" or new_ik
+    fa_text = (command.value("fa") or "on").lower()
+    ubatch = command.integer("ub") or 512
+    cram = command.integer("cram")
+    ctx = command.integer("c")
+    return replace(
+        base,
+        ctx=pad(ctx, 256) if ctx else base.ctx,
+        ubatch=ubatch,
+        batch=max(command.integer("b") or 2048, ubatch),
+        ctk=command.value("ctk") or "f16",
+        ctv=command.value("ctv") or "f16",
+        parallel=command.integer("np") or 1,
+        mla=_integer(command, "mla", 3 if base.build >= _MLA_DEFAULT else 0),
+        amb=_integer(command, "amb", 256 if base.build >= _AMB_DEFAULT else 0),
+        fa=fa_text not in ("off", "0") if command.has("fa") else fa_default,
+        nkvo=command.has("nkvo"),
+        mtp=command.has("mtp"),
+        cram_mib=max(0, cram if cram is not None else 8192 if base.build >= CRAM else 0),
+    )
+
+
+def clean(command: CommandLine, n_gpus: int) -> tuple[CommandLine, list[Finding]]:
+    """Return the command without overrides that no engine takes, and a finding for each."""
+    findings: list[Finding] = []
+    options: list[Option] = []
+    number = 0
+    for option in command.options:
+        if option.name != "ot":
+            options.append(option)
+            continue
+        good: list[str] = []
+        for override in split_overrides(option.value or ""):
+            number += 1
+            wrong = _refused(override, n_gpus)
+            if wrong:
+                findings.append(Finding("error", f"rule {number}: {wrong}", number))
+            else:
+                good.append(f"{override.pattern}={override.buffer}")
+        if good:
+            options.append(replace(option, value=",".join(good)))
+    return replace(command, options=tuple(options)), findings
+
+
+def rule_reports(
+    rules: Sequence[tuple[re.Pattern[str], int]], names: Sequence[str], tensors: Sequence[Tensor]
+) -> list[RuleReport]:
+    """Report every rule (in the engine's order) over all tensors; `names` are GPU buffer names."""
+    matched: Counter[int] = Counter()
+    won: Counter[int] = Counter()
+    layers: dict[int, set[int]] = {}
+    taken: dict[int, Counter[int]] = {}
+    for t in tensors:
+        hits = [i for i, (regex, _) in enumerate(rules) if regex.search(t.name)]
+        for i in hits:
+            matched[i] += 1
+            if i != hits[0]:
+                taken.setdefault(i, Counter())[hits[0] + 1] += 1
+        if hits:
+            won[hits[0]] += 1
+            if t.layer is not None:
+                layers.setdefault(hits[0], set()).add(t.layer)
+    return [
+        RuleReport(
+            number=i + 1,
+            pattern=regex.pattern,
+            buffer="CPU" if home == HOST else names[home],
+            matched=matched[i],
+            won=won[i],
+            layers=ranges(layers.get(i, ())),
+            taken_by=dict(taken.get(i, {})),
+        )
+        for i, (regex, home) in enumerate(rules)
+    ]
+
+
+def rule_findings(reports: Sequence[RuleReport], tensors: Sequence[Tensor]) -> list[Finding]:
+    """Dead and shadowed rules, and the traps of their patterns."""
+    findings: list[Finding] = []
+    for r in reports:
+        label = f"rule {r.number} ({r.pattern}={r.buffer})"
+        if r.matched == 0:
+            findings.append(
+                Finding("error", f"{label} never matches: no tensor has such a name", r.number)
+            )
+        elif r.won == 0:
+            by = ", ".join(f"rule {n}" for n in r.taken_by)
+            findings.append(
+                Finding(
+                    "error",
+                    f"{label} never takes effect: all {r.matched} tensors it matches are taken by "
+                    f"{by} before it, and the first match wins; put it first",
+                    r.number,
+                )
+            )
+        elif r.taken_by:
+            by = ", ".join(f"{c} by rule {n}" for n, c in sorted(r.taken_by.items()))
+            findings.append(
+                Finding(
+                    "note",
+                    f"{label} is shadowed in part: of {r.matched} tensors it matches, {by} are "
+                    f"taken earlier; it moves the other {r.won} (layers {r.layers or '-'})",
+                    r.number,
+                )
+            )
+        findings += [Finding("warning", f"{label}: {x}", r.number) for x in _traps(r, tensors)]
+    return findings
+
+
+def engine_findings(command: CommandLine, model: Model, settings: Settings) -> list[Finding]:
+    """Flags that this engine build refuses, ignores, or sets behind one's back."""
+    build, ik = settings.build, settings.engine == "ik"
+    found = [Finding("error", p) for p in command.problems]
+    h = model.hparams
+    if ik:
+        for name, date in (("fmoe", FMOE_GONE), ("ooae", FMOE_GONE)):
+            if command.has(name) and build >= date:
+                text = f"-{name} is an unknown argument in ik builds since {date}: on by default"
+                found.append(Finding("error", f"{text}, leave it out"))
+    else:
+        given = [n for n in _IK_ONLY if command.has(n)]
+        if given:
+            text = ", ".join(f"-{n}" for n in given)
+            found.append(Finding("error", f"mainline does not know {text}: flags of ik_llama.cpp"))
+    needs_value = FA_NEEDS_VALUE if ik else MAINLINE_FA_NEEDS_VALUE
+    if command.has("fa") and command.value("fa") is None and build >= needs_value:
+        text = f"bare -fa takes the next argument as its value in builds since {needs_value}"
+        found.append(Finding("error", f"{text}: write -fa on"))
+    if not h.is_mla and command.has("mla"):
+        found.append(Finding("note", "-mla does nothing here: the model has no latent attention"))
+    if not h.is_mla and command.has("amb") and settings.fa:
+        found.append(
+            Finding("note", "-amb does nothing here: with -fa it is for latent attention only")
+        )
+    if h.is_mla and settings.mla and settings.fa and command.has("ctv") and ik:
+        found.append(Finding("note", "-ctv does nothing here: latent attention caches K only"))
+    if command.has("ser"):
+        found.append(Finding("warning", "-ser drops experts: it changes what the model says"))
+    if not command.has("cram") and settings.cram_mib:
+        text = f"-cram is not given: the server takes up to {settings.cram_mib} MiB of RAM"
+        found.append(Finding("note", f"{text} for its prompt cache; -cram 0 turns it off"))
+    if not ik and build >= FIT and not command.has("fit"):
+        text = "-fit is on by default and may change context and layout"
+        found.append(Finding("note", f"{text} unless -ngl, -ts or -ot is given; write -fit off"))
+    if "CUDA_VISIBLE_DEVICES" in command.env and "CUDA_DEVICE_ORDER" not in command.env:
+        text = "without CUDA_DEVICE_ORDER=PCI_BUS_ID, CUDA numbers cards fastest first and not as"
+        found.append(Finding("warning", f"{text} nvidia-smi does: indices may mean other cards"))
+    return found
+
+
+def landing_findings(
+    command: CommandLine,
+    model: Model,
+    kinds: Sequence[GgmlType],
+    homes: Homes,
+    where: Mapping[str, str],
+    names: Sequence[str],
+) -> list[Finding]:
+    """What is odd about where things land; `names` are device names by engine index."""
+    found = _left_in_ram(command, homes)
+    found += _split_pairs(model, where)
+    found += _hops(command, model, homes, where, names)
+    moved = [
+        t.name
+        for t in model.tensors
+        if t.layer is not None
+        and homes.blocks[t.layer] != HOST
+        and where.get(t.name) == "CPU"
+        and (t.role.startswith("ffn_gate_inp") or t.role.endswith("_norm"))
+    ]
+    if moved:
+        text = f"{len(moved)} router and norm tensors go to RAM with the experts"
+        found.append(
+            Finding("warning", f"{text} ({moved[0]}, …): about -7 % speed; match exps only")
+        )
+    in_ram = any(is_expert(t) and where.get(t.name) == "CPU" for t in model.tensors)
+    if command.has("rtr") and in_ram and names:
+        text = "-rtr repacks experts in RAM to types without CUDA kernels"
+        found.append(Finding("warning", f"{text}: prompts are no longer sped up by the GPU"))
+    return found + wrong_devices(model, kinds, where)
+
+
+def wrong_devices(
+    model: Model, kinds: Sequence[GgmlType], where: Mapping[str, str]
+) -> list[Finding]:
+    """Tensors on the wrong kind of device, and up/gate pairs of different types."""
+    on_gpu: Counter[str] = Counter()
+    slow: Counter[str] = Counter()
+    by_name = dict(zip((t.name for t in model.tensors), kinds, strict=True))
+    odd: set[int] = set()
+    for t, q in zip(model.tensors, kinds, strict=True):
+        home = where.get(t.name)
+        if home is None or t.role == "token_embd":
+            continue
+        if home != "CPU" and not q.cuda:
+            on_gpu[q.name] += 1
+        if home == "CPU" and q.slow_cpu and t.layer is not None:
+            slow[q.name] += 1
+        twin = by_name.get(t.name.replace("ffn_up_exps", "ffn_gate_exps"))
+        if t.role == "ffn_up_exps" and twin is not None and twin is not q and t.layer is not None:
+            odd.add(t.layer)
+    found = [
+        Finding(
+            "error",
+            f"{n} tensors of type {name} on a GPU: it has no CUDA kernel, so every token copies "
+            "them; keep them in RAM",
+        )
+        for name, n in on_gpu.items()
+    ]
+    found += [
+        Finding("warning", f"{n} tensors of type {name} in RAM: it decodes slowly on a CPU")
+        for name, n in slow.items()
+    ]
+    if odd:
+        text = f"layers {ranges(odd)}: ffn_up_exps and ffn_gate_exps differ in type"
+        found.append(Finding("warning", f"{text}, so the fused kernel is not used"))
+    return found
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """Return `3-5, 9` for {3, 4, 5, 9}."""
+    parts: list[list[int]] = []
+    for n in sorted(set(numbers)):
+        if parts and n == parts[-1][1] + 1:
+            parts[-1][1] = n
+        else:
+            parts.append([n, n])
+    return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in parts)
+
+
+def _integer(command: CommandLine, name: str, default: int) -> int:
+    value = command.integer(name)
+    return default if value is None else value
+
+
+def _refused(override: Override, n_gpus: int) -> str:
+    """Why no engine takes an override; empty when it does."""
+    if not override.buffer:
+        return (
+            f"{override.pattern!r} has no =BUFFER; -ot is split at every comma, so a pattern "
+            "cannot hold one (no {1,3})"
+        )
+    try:
+        buffer_home(override.buffer, n_gpus)
+    except UsageError as err:
+        return str(err)
+    if re.search(r"\(\?(?![:=!])", override.pattern):
+        return f"{override.pattern!r} uses a group that std::regex does not know"
+    try:
+        re.compile(override.pattern)
+    except re.error as err:
+        return f"{override.pattern!r} is not a regex ({err}): the engine stops"
+    return ""
+
+
+def _traps(report: RuleReport, tensors: Sequence[Tensor]) -> list[str]:
+    """Known traps in the text of a pattern."""
+    traps = []
+    if (hit := _DIGIT_CLASS.search(report.pattern)) is not None:
+        traps.append(
+            f"{hit.group(0)} is a class of single digits, not a range of numbers; "
+            "write e.g. ([0-9]|10)"
+        )
+    if _EMPTY_BRANCH.search(report.pattern):
+        traps.append("an empty branch of | matches everything: drop the stray |")
+    if _OPEN_NUMBER.search(report.pattern):
+        traps.append("the layer number is not closed: 1 also matches 10 to 19; end it with \\.")
+    strict = re.sub(r"(?<!\\)\.(?![*+?{])", r"\\.", report.pattern)
+    if strict != report.pattern:
+        regex, loose = re.compile(strict), re.compile(report.pattern)
+        extra = [t.name for t in tensors if loose.search(t.name) and not regex.search(t.name)]
+        if extra:
+            traps.append(
+                f"a dot without backslash stands for any character: it also matches "
+                f"{len(extra)} tensors such as {extra[0]}"
+            )
+    return traps
+
+
+def _left_in_ram(command: CommandLine, homes: Homes) -> list[Finding]:
+    left = [i for i, d in enumerate(homes.blocks) if d == HOST]
+    if not left:
+        return []
+    text = f"-ngl {command.value('ngl')} leaves layers {ranges(left)} in RAM, KV cache included"
+    return [Finding("warning", f"{text}: write -ngl 999")]
+
+
+def _split_pairs(model: Model, where: Mapping[str, str]) -> list[Finding]:
+    split = [
+        t.layer
+        for t in model.tensors
+        if t.role == "ffn_up_exps"
+        and t.layer is not None
+        and where.get(t.name) != where.get(t.name.replace("ffn_up_exps", "ffn_gate_exps"))
+    ]
+    if not split:
+        return []
+    text = f"layers {ranges(split)}: ffn_up_exps and ffn_gate_exps are on different devices"
+    return [Finding("error", f"{text}; measured 5 to 9 times slower, keep them together")]
+
+
+def _hops(
+    command: CommandLine,
+    model: Model,
+    homes: Homes,
+    where: Mapping[str, str],
+    names: Sequence[str],
+) -> list[Finding]:
+    """Layers whose attention and KV are on one GPU and whose FFN is on another."""
+    apart: dict[tuple[str, str], set[int]] = {}
+    for t in model.tensors:
+        if t.layer is None or not t.role.startswith("ffn_down") or homes.blocks[t.layer] == HOST:
+            continue
+        here, there = names[homes.blocks[t.layer]], where.get(t.name, "CPU")
+        if there not in ("CPU", here):
+            apart.setdefault((here, there), set()).add(t.layer)
+    if not apart:
+        return []
+    count = len(set().union(*apart.values()))
+    detail = "; ".join(f"layers {ranges(v)} {a} → {b}" for (a, b), v in apart.items())
+    why = (
+        "-ts does not follow the overrides"
+        if command.has("ts")
+        else "without -ts the layers are split by free memory"
+    )
+    return [
+        Finding(
+            "warning",
+            f"{count} layers have attention and KV cache on one GPU and FFN on another ({detail}): "
+            f"-ot moves weights only, {why}; every token crosses the bus twice per such layer",
+        )
+    ]

@@ -1,0 +1,257 @@
+"""Explains pasted offload flags on a model and a rig, and proposes a better line."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+from quantmix.emit.cmdline import CommandLine, parse_text
+from quantmix.emit.flags import OffloadFlags
+from quantmix.emit.lint import (
+    Finding,
+    RuleReport,
+    clean,
+    engine_findings,
+    landing_findings,
+    rule_findings,
+    rule_reports,
+    settings_of,
+)
+from quantmix.emit.simulate import (
+    Homes,
+    default_home,
+    is_expert,
+    layer_homes,
+    override_rules,
+    visible,
+)
+from quantmix.errors import InfeasibleBudget, UsageError
+from quantmix.ggml import types
+from quantmix.ggml.types import Engine
+from quantmix.memory.model import HOST, Placement
+from quantmix.memory.settings import Settings
+from quantmix.models.model import Model
+from quantmix.offload import OffloadPlan, StoredModel, device_uses, holds, place
+from quantmix.recipe import DeviceUse, Speed
+from quantmix.rig.device import Device, Rig
+from quantmix.speed.model import plan_seconds, predict
+from quantmix.units import gib
+
+_SEVERITIES: Final = ("error", "warning", "note")
+# Options that a better line replaces; all others of the pasted line are kept as they were.
+_LAYOUT: Final = frozenset(
+    {
+        *("ngl", "ts", "sm", "mg", "ot", "ncmoe", "cmoe", "fa", "mla", "amb", "fmoe", "ooae"),
+        *("rtr", "c", "b", "ub", "ctk", "ctv", "np", "cram", "nkvo", "fit", "mtp"),
+    }
+)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What a pasted line does.
+
+    Attributes:
+        findings: errors first, then warnings, then notes.
+        rules: the overrides in the engine's order. homes: device name of every tensor.
+        devices: what each device of the rig holds; free is None when its size is not known.
+        holds: per device one line of text: layers, experts.
+        better: a placement of the same file on the same rig, None with the reason in `findings`.
+        better_line: it as a command line, other options kept. gain: its speed over the pasted
+            line's, None when the rig's bandwidths are not known.
+    """
+
+    settings: Settings
+    findings: tuple[Finding, ...]
+    rules: tuple[RuleReport, ...]
+    homes: dict[str, str]
+    devices: tuple[DeviceUse, ...]
+    holds: dict[str, str]
+    speed: Speed
+    better: OffloadPlan | None
+    better_line: str
+    gain: float | None
+
+
+def explain(text: str, file: StoredModel, rig: Rig | None, base: Settings) -> Explanation:
+    """Explain the pasted `text` for a file on a rig (None: GPUs of unknown size).
+
+    `base` names the engine and its build; context, batch and cache types come from the line.
+
+    Raises:
+        UsageError: the text holds no flags at all.
+    """
+    pasted = parse_text(text)
+    if not pasted.options:
+        raise UsageError("--lint found no flags in that text: paste the line that starts llama.cpp")
+    model, settings = file.model, settings_of(pasted, base)
+    machine = rig or _guessed_rig(pasted)
+    seen, findings = _seen(machine, pasted)
+    names = [machine.gpus[i].name for i in seen]
+    command, refused = clean(pasted, len(seen))
+    homes = layer_homes(command, model, settings, machine, file.sizes, seen)
+    compiled = override_rules(command, model, settings, homes, len(seen))
+    loaded = [t for t in model.tensors if t.loaded or settings.mtp]
+    reports = rule_reports(compiled, [f"CUDA{i}" for i in range(len(seen))], loaded)
+    where = _where(model, settings, homes, compiled, names)
+    placement = _placement(model, homes, where, seen)
+    uses = device_uses(file, machine, settings, placement, where)
+    findings += _numbering(machine, seen) if rig is not None and len(seen) > 1 else []
+    findings += refused + rule_findings(reports, loaded)
+    findings += engine_findings(pasted, model, settings)
+    findings += landing_findings(command, model, file.types, homes, where, names)
+    findings += _room(file, uses, where)
+    better, why = _better(file, rig, settings, uses)
+    findings += why
+    gain = _gain(file, machine, settings, placement, where, better)
+    return Explanation(
+        settings=settings,
+        findings=tuple(sorted(findings, key=lambda f: _SEVERITIES.index(f.severity))),
+        rules=tuple(reports),
+        homes=where,
+        devices=uses,
+        holds=holds(model, machine, placement, where),
+        speed=predict(model, settings, machine, placement, file.types, where=where),
+        better=better,
+        better_line=command_line(pasted, better.flags) if better else "",
+        gain=gain,
+    )
+
+
+def command_line(pasted: CommandLine, flags: OffloadFlags) -> str:
+    """Return the better flags as one shell command, options without a say in layout kept."""
+    env = {k: v for k, v in pasted.env.items() if not k.startswith("CUDA_")} | flags.env
+    parts = [f"{k}={shlex.quote(v)}" for k, v in env.items()]
+    parts += [shlex.quote(w) for w in pasted.words[:1]] or ["llama-server"]
+    for option in pasted.options:
+        if option.name not in _LAYOUT:
+            parts.append(option.spelling)
+            parts += [shlex.quote(option.value)] if option.value is not None else []
+    return " ".join([*parts, *(shlex.quote(f) for f in flags.flags)])
+
+
+def type_in_name(name: str, engine: Engine) -> str | None:
+    """Return the type that a file name speaks of (`…-Q4_K_M-00001-of-…` → q4_K), None if none."""
+    from quantmix.speed.logs import label_type
+
+    stem = name.rsplit("/", 1)[-1]
+    found = label_type(stem)
+    return found.name if found is not None and found.name in types.table(engine) else None
+
+
+def _guessed_rig(command: CommandLine) -> Rig:
+    """GPUs of unknown size: as many as the line speaks of."""
+    listed = [int(n) for n in re.findall(r"\d+", command.env.get("CUDA_VISIBLE_DEVICES", ""))]
+    named = [int(n) for o in command.overrides for n in re.findall(r"^CUDA(\d+)$", o.buffer)]
+    split = len(command.tensor_split) - 1
+    count = min(64, 1 + max([0, split, *listed, *named]))
+    gpus = tuple(Device(f"GPU{i}", "gpu", None) for i in range(count))
+    return Rig(gpus, Device("CPU", "host", None))
+
+
+def _seen(rig: Rig, command: CommandLine) -> tuple[list[int], list[Finding]]:
+    try:
+        return visible(rig, command.env), []
+    except UsageError as err:
+        return list(range(len(rig.gpus))), [Finding("warning", f"{err}: ignored here")]
+
+
+def _numbering(rig: Rig, seen: Sequence[int]) -> list[Finding]:
+    """Which card each CUDA number means, as the rig lists them."""
+    pairs = [f"CUDA{i} = {rig.gpus[g].name} ({rig.gpus[g].card})" for i, g in enumerate(seen)]
+    text = ", ".join(pairs)
+    return [
+        Finding("note", f"{text}: if your cards are numbered otherwise, list --gpus in CUDA order")
+    ]
+
+
+def _where(
+    model: Model,
+    settings: Settings,
+    homes: Homes,
+    rules: Sequence[tuple[re.Pattern[str], int]],
+    names: Sequence[str],
+) -> dict[str, str]:
+    where = {}
+    for t in model.tensors:
+        if not t.loaded and not settings.mtp:
+            continue
+        hit = next((home for regex, home in rules if regex.search(t.name)), None)
+        home = default_home(t, homes) if hit is None else hit
+        where[t.name] = names[home] if home != HOST else "CPU"
+    return where
+
+
+def _placement(
+    model: Model, homes: Homes, where: Mapping[str, str], seen: Sequence[int]
+) -> Placement:
+    """The placement nearest to what the flags do, for buffers that depend on it."""
+    blocks = tuple(seen[d] if d != HOST else HOST for d in homes.blocks)
+    in_ram = frozenset(
+        t.layer
+        for t in model.tensors
+        if is_expert(t)
+        and t.layer is not None
+        and t.layer < len(blocks)
+        and blocks[t.layer] != HOST
+        and where.get(t.name) == "CPU"
+    )
+    output = seen[homes.output] if homes.output != HOST else HOST
+    return Placement(blocks, output, in_ram)
+
+
+def _room(file: StoredModel, uses: Sequence[DeviceUse], where: Mapping[str, str]) -> list[Finding]:
+    """Devices that overflow, and room that is left while experts are in RAM."""
+    in_ram: dict[int, int] = {}
+    for t in file.model.tensors:
+        if is_expert(t) and t.layer is not None and where.get(t.name) == "CPU":
+            in_ram[t.layer] = in_ram.get(t.layer, 0) + file.sizes[t.name]
+    layer = min(in_ram.values(), default=0)
+    found = []
+    for use in uses:
+        if use.free_bytes is None or use.capacity_bytes is None:
+            continue
+        if use.free_bytes < 0:
+            text = f"{use.name} needs {gib(use.used_bytes)} of {gib(use.capacity_bytes)}"
+            found.append(Finding("error", f"{text}: {gib(-use.free_bytes)} too much"))
+        elif use.kind == "gpu" and layer and use.free_bytes >= layer:
+            more = use.free_bytes // layer
+            text = f"{use.name} wastes {gib(use.free_bytes)}: room for the experts of {more} more"
+            plural = "layer" if more == 1 else "layers"
+            found.append(Finding("warning", f"{text} {plural} ({gib(layer)} each), now in RAM"))
+    return found
+
+
+def _better(
+    file: StoredModel, rig: Rig | None, settings: Settings, uses: Sequence[DeviceUse]
+) -> tuple[OffloadPlan | None, list[Finding]]:
+    """A plan for the same file, rig and settings, with no more RAM than the pasted line uses."""
+    if rig is None:
+        return None, [Finding("note", "no better line: say which cards with --gpus or --rig")]
+    host = rig.host
+    if host.capacity_bytes is None and uses[-1].weights_bytes:
+        host = replace(host, capacity_bytes=uses[-1].used_bytes)
+        rig = replace(rig, host=host, ram_reserve_bytes=rig.ram_reserve_bytes or 0)
+    try:
+        return place(file, rig, settings), []
+    except InfeasibleBudget as err:
+        return None, [Finding("error", f"no better line: {err}")]
+
+
+def _gain(
+    file: StoredModel,
+    rig: Rig,
+    settings: Settings,
+    placement: Placement,
+    where: Mapping[str, str],
+    better: OffloadPlan | None,
+) -> float | None:
+    """Predicted speed of the better line over the pasted one."""
+    if better is None or better.speed.tg_tps is None:
+        return None
+    now = plan_seconds(file.model, settings, rig, placement, file.types, where=where)
+    then = plan_seconds(file.model, settings, rig, better.placement, file.types)
+    return now / then

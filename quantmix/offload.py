@@ -1,0 +1,372 @@
+"""Placement and flags for a file that already exists: types are given, only homes are sought."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Final
+
+from quantmix.emit.flags import OffloadFlags, offload
+from quantmix.emit.lint import ranges, wrong_devices
+from quantmix.emit.simulate import is_expert, planned
+from quantmix.errors import InfeasibleBudget
+from quantmix.ggml import types
+from quantmix.ggml.types import Engine, GgmlType
+from quantmix.memory import kv
+from quantmix.memory.model import HOST, DeviceMemory, Placement
+from quantmix.memory.plan import device_memory, is_tied
+from quantmix.memory.settings import Settings
+from quantmix.models.model import Model
+from quantmix.placement import split_layers
+from quantmix.recipe import DeviceUse, Speed
+from quantmix.rig.device import Rig
+from quantmix.speed.model import plan_seconds, predict
+from quantmix.units import gib
+
+_BOUNDARY_ROUNDS: Final = 2
+
+
+@dataclass(frozen=True)
+class StoredModel:
+    """A model with the type and the bytes of every tensor of its file, in file order."""
+
+    model: Model
+    types: tuple[GgmlType, ...]
+    sizes: dict[str, int]
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(self.sizes.values())
+
+
+@dataclass(frozen=True)
+class OffloadPlan:
+    """Where an existing file goes, the flags that put it there, and what it is worth."""
+
+    placement: Placement
+    flags: OffloadFlags
+    devices: tuple[DeviceUse, ...]
+    holds: dict[str, str]
+    speed: Speed
+    warnings: tuple[str, ...]
+
+
+def stored(model: Model, engine: Engine, at: str | None = None) -> StoredModel:
+    """Return the model with the types of its file, or with every matrix at type `at`.
+
+    Raises:
+        UnknownName: a type that the engine does not have.
+        UsageError: `at` cannot be written to some tensor.
+    """
+    chosen = tuple(
+        types.resolve(at, t.name, t.shape, engine)
+        if at and t.quantizable
+        else types.get(t.source_type, engine)
+        for t in model.tensors
+    )
+    sizes = {t.name: q.tensor_bytes(t.shape) for t, q in zip(model.tensors, chosen, strict=True)}
+    return StoredModel(model, chosen, sizes)
+
+
+def place(file: StoredModel, rig: Rig, settings: Settings) -> OffloadPlan:
+    """Return the fastest placement found for a file on a rig, with its proven flags.
+
+    Everything on the GPUs when it fits. Else, for mixtures of experts, attention, dense parts and
+    KV first, then whole layers' experts where they save most time per byte; for dense models (or
+    when even that does not fit) the first layers go to RAM. Without RAM only the GPUs count.
+
+    Raises:
+        InfeasibleBudget: it does not fit; names what is missing.
+    """
+    search = _Search(file, rig, settings)
+    placement = search.best()
+    if placement is None:
+        raise InfeasibleBudget(search.shortage())
+    flags = offload(file.model, settings, rig, placement, file.sizes)
+    where = planned(file.model, placement, rig, mtp=settings.mtp)
+    return OffloadPlan(
+        placement,
+        flags,
+        search.devices(placement),
+        holds(file.model, rig, placement, where),
+        predict(file.model, settings, rig, placement, file.types),
+        tuple(f.text for f in wrong_devices(file.model, file.types, where)),
+    )
+
+
+def device_uses(
+    file: StoredModel,
+    rig: Rig,
+    settings: Settings,
+    placement: Placement,
+    where: dict[str, str] | None = None,
+) -> tuple[DeviceUse, ...]:
+    """Return what every device of the rig holds; `where` overrides the placement's homes."""
+    where = where or planned(file.model, placement, rig, mtp=settings.mtp)
+    return tuple(
+        _use(device.name, device.kind, device.capacity_bytes, memory, weights, spare)
+        for device, memory, weights, spare in zip(
+            rig.devices,
+            device_memory(file.model, settings, rig, placement),
+            _weights_by_device(file, rig, placement, where),
+            [_largest_ram_expert(file, where)] * len(rig.devices),
+            strict=True,
+        )
+    )
+
+
+def holds(model: Model, rig: Rig, placement: Placement, where: Mapping[str, str]) -> dict[str, str]:
+    """Return per device what it holds: `attention and KV of layers 0-16; experts of layers 3-4`."""
+    blocks = placement.layer_device[: model.hparams.n_layer]
+    found = {}
+    for device in rig.devices:
+        index = HOST if device.kind == "host" else int(rig.gpus.index(device))
+        mine = [t for t in model.tensors if where.get(t.name) == device.name]
+        layers: dict[str, set[int | None]] = {
+            "attention and KV": {i for i, d in enumerate(blocks) if d == index},
+            "experts": {t.layer for t in mine if t.role.endswith("_exps")},
+            "dense FFN": {t.layer for t in mine if t.role == "ffn_down"},
+        }
+        parts = [
+            f"{label} of layers {ranges(i for i in some if i is not None)}"
+            for label, some in layers.items()
+            if some
+        ]
+        parts += [t.role for t in mine if t.role in ("output", "token_embd")]
+        found[device.name] = "; ".join(parts) or "nothing"
+    return found
+
+
+@dataclass(frozen=True)
+class _Search:
+    """Tries placements of one file on one rig."""
+
+    file: StoredModel
+    rig: Rig
+    settings: Settings
+
+    def best(self) -> Placement | None:
+        """The placement to use, None when nothing fits."""
+        n = kv.n_blocks(self.file.model)
+        for in_ram in range(n + 1) if self.rig.has_ram else (0,):
+            if not self.rig.gpus and in_ram < n:
+                continue
+            found = self._with_leading(in_ram)
+            if found is not None:
+                return found
+        return None
+
+    def _with_leading(self, in_ram: int) -> Placement | None:
+        """Best placement with so many first layers in RAM."""
+        for split in self._splits(in_ram, 1.0):
+            if self._fits(split):
+                return split
+        if not self.rig.has_ram or not self.file.model.hparams.is_moe:
+            return None
+        tried = [p for s in self._splits(in_ram, self._share(in_ram)) if (p := self._filled(s))]
+        if not tried:
+            return None
+        return self._improved(min(tried, key=self._seconds))
+
+    def _splits(self, in_ram: int, expert_share: float) -> list[Placement]:
+        """Contiguous splits to try: in proportion to the room, and each GPU filled in turn."""
+        weights = self._block_bytes(expert_share)
+        n, last = len(weights), len(self.rig.gpus) - 1
+        if in_ram >= n or not self.rig.gpus:
+            return [Placement((HOST,) * n, last if self.rig.gpus else HOST)]
+        probe = Placement((HOST,) * in_ram + (last,) * (n - in_ram), last)
+        room = [
+            float((g.capacity_bytes or 0) - m.fixed_bytes() + m.kv_bytes + m.derived_bytes)
+            for g, m in zip(self.rig.gpus, self._memory(probe), strict=False)
+        ]
+        tail = float(self._head_bytes())
+        even = split_layers(weights, room, tail=tail, host_layers=in_ram)
+        return [Placement(even, last), Placement(_filled_in_turn(weights, room, in_ram), last)]
+
+    def _filled(self, split: Placement) -> Placement | None:
+        """Experts of as many layers as fit moved onto the GPUs of `split`; None: nothing fits."""
+        groups = self._expert_bytes()
+        kept = {i for i in groups if split.layer_device[i] != HOST}
+        for _ in range(2):  # a smaller largest expert in RAM frees room for another round
+            free = self._room(replace(split, cpu_experts=frozenset(kept)))
+            if any(f < 0 for f in free):
+                break
+            for i in sorted(kept, key=lambda i: (-self._gain(i), i)):
+                gpu = split.layer_device[i]
+                if self._gain(i) > 0 and groups[i] <= free[gpu]:
+                    free[gpu] -= groups[i]
+                    kept.discard(i)
+        found = replace(split, cpu_experts=frozenset(kept))
+        return found if self._fits(found) else None
+
+    def _room(self, placement: Placement) -> list[int]:
+        """Free bytes per GPU, with buffers that hold however many experts are moved later."""
+        where = planned(self.file.model, placement, self.rig, mtp=self.settings.mtp)
+        spare = _largest_ram_expert(self.file, where)
+        weights = _weights_by_device(self.file, self.rig, placement, where)
+        with_experts = self._memory(replace(placement, cpu_experts=frozenset()))
+        in_ram = self._memory(placement)
+        free = []
+        for gpu, a, b, used in zip(self.rig.gpus, in_ram, with_experts, weights, strict=False):
+            either = replace(a, compute=(*a.compute, *b.compute))
+            free.append((gpu.capacity_bytes or 0) - either.fixed_bytes(spare) - used)
+        return free
+
+    def _improved(self, start: Placement) -> Placement:
+        """Move single blocks across boundaries while that makes tokens faster."""
+        best, time = start, self._seconds(start)
+        for _ in range(_BOUNDARY_ROUNDS):
+            moved = False
+            for left in range(len(self.rig.gpus) - 1):
+                for step in (-2, -1, 1, 2):
+                    homes = _shifted(best.layer_device, left, step)
+                    other = self._filled(Placement(homes, best.output_device)) if homes else None
+                    if other is not None and self._seconds(other) < time * (1 - 1e-9):
+                        best, time, moved = other, self._seconds(other), True
+            if not moved:
+                break
+        return best
+
+    def devices(self, placement: Placement) -> tuple[DeviceUse, ...]:
+        """What every device would hold."""
+        return device_uses(self.file, self.rig, self.settings, placement)
+
+    def shortage(self) -> str:
+        """One line: what is missing with everything that may be in RAM in RAM."""
+        need = self.file.tensor_bytes + sum(kv.kv_bytes(self.file.model, self.settings))
+        have = sum(g.capacity_bytes or 0 for g in self.rig.gpus)
+        have += self.rig.host.capacity_bytes or 0
+        fixed = sum(
+            m.fixed_bytes() - m.kv_bytes
+            for m in self._memory(Placement((HOST,) * kv.n_blocks(self.file.model), HOST))
+        )
+        mend = "give more --gpus" if self.rig.has_ram else "give more --gpus, or state --ram"
+        return (
+            f"{self.file.model.id} needs about {gib(need + fixed)} (weights "
+            f"{gib(self.file.tensor_bytes)}, the rest KV cache, buffers and reserves) "
+            f"and no split of it fits {gib(have)} of "
+            f"{'GPUs and RAM' if self.rig.has_ram else 'GPU memory'}: {mend}, or a smaller --ctx"
+        )
+
+    def _memory(self, placement: Placement) -> tuple[DeviceMemory, ...]:
+        return device_memory(self.file.model, self.settings, self.rig, placement)
+
+    def _fits(self, placement: Placement) -> bool:
+        return all(u.free_bytes is None or u.free_bytes >= 0 for u in self.devices(placement))
+
+    def _seconds(self, placement: Placement) -> float:
+        return plan_seconds(self.file.model, self.settings, self.rig, placement, self.file.types)
+
+    def _share(self, in_ram: int) -> float:
+        """Share of the experts that the GPUs can hold besides everything else."""
+        base, whole = sum(self._block_bytes(0.0)[in_ram:]), sum(self._block_bytes(1.0)[in_ram:])
+        room = sum(g.capacity_bytes or 0 for g in self.rig.gpus) - self._head_bytes()
+        return min(1.0, max(0.0, (room - base) / max(whole - base, 1.0)))
+
+    def _block_bytes(self, expert_share: float) -> list[float]:
+        """Bytes of each block with its KV cache, experts counted in part."""
+        model = self.file.model
+        weights = [float(b) for b in kv.kv_bytes(model, self.settings)]
+        for t in model.tensors:
+            if t.layer is not None and t.layer < len(weights) and (t.loaded or self.settings.mtp):
+                weights[t.layer] += self.file.sizes[t.name] * (expert_share if is_expert(t) else 1)
+        return weights
+
+    def _expert_bytes(self) -> dict[int, int]:
+        """Bytes of the routed experts of each layer that has some."""
+        groups: dict[int, int] = {}
+        for t in self.file.model.tensors:
+            if is_expert(t) and t.layer is not None and (t.loaded or self.settings.mtp):
+                groups[t.layer] = groups.get(t.layer, 0) + self.file.sizes[t.name]
+        return groups
+
+    def _gain(self, layer: int) -> float:
+        """Whether moving a layer's experts to a GPU pays, per byte; -1 without a CUDA kernel.
+
+        All bytes of a layer's experts are read alike, so the bits per byte read from RAM decide;
+        types that decode slowly on a CPU come first.
+        """
+        mine = [
+            (q, self.file.sizes[t.name])
+            for t, q in zip(self.file.model.tensors, self.file.types, strict=True)
+            if t.layer == layer and is_expert(t)
+        ]
+        if any(not q.cuda for q, _ in mine):
+            return -1.0
+        total = sum(b for _, b in mine) or 1
+        return 1.0 + sum(b for q, b in mine if q.slow_cpu) / total
+
+    def _head_bytes(self) -> int:
+        sizes = self.file.sizes
+        return sizes.get("output.weight", sizes.get("token_embd.weight", 0))
+
+
+def _filled_in_turn(
+    weights: Sequence[float], room: Sequence[float], in_ram: int
+) -> tuple[int, ...]:
+    """Give each GPU blocks until the next would not fit; the last takes the rest."""
+    homes, gpu, used = [HOST] * in_ram, 0, 0.0
+    for weight in weights[in_ram:]:
+        while gpu < len(room) - 1 and used + weight > room[gpu]:
+            gpu, used = gpu + 1, 0.0
+        homes.append(gpu)
+        used += weight
+    return tuple(homes)
+
+
+def _shifted(homes: Sequence[int], left: int, step: int) -> tuple[int, ...] | None:
+    """Move the boundary between GPU `left` and the next by `step` blocks; None when impossible."""
+    mine = [i for i, d in enumerate(homes) if d in (left, left + 1)]
+    first = sum(homes[i] == left for i in mine) + step
+    if not mine or not 0 < first < len(mine):
+        return None
+    moved = list(homes)
+    for rank, i in enumerate(mine):
+        moved[i] = left if rank < first else left + 1
+    assert all(a <= b for a, b in pairwise(moved))
+    return tuple(moved)
+
+
+def _weights_by_device(
+    file: StoredModel, rig: Rig, placement: Placement, where: dict[str, str]
+) -> list[int]:
+    totals = dict.fromkeys((d.name for d in rig.devices), 0)
+    for name, device in where.items():
+        totals[device] += file.sizes[name]
+    if is_tied(file.model) and placement.output_device != HOST:
+        totals[rig.gpus[placement.output_device].name] += file.sizes.get("token_embd.weight", 0)
+    return list(totals.values())
+
+
+def _largest_ram_expert(file: StoredModel, where: dict[str, str]) -> int:
+    found = [
+        file.sizes[t.name]
+        for t in file.model.tensors
+        if is_expert(t) and where.get(t.name) == "CPU"
+    ]
+    return max(found, default=0)
+
+
+def _use(
+    name: str,
+    kind: str,
+    capacity: int | None,
+    memory: DeviceMemory,
+    weights: int,
+    ram_expert: int,
+) -> DeviceUse:
+    compute = memory.compute_bytes(ram_expert)
+    used = weights + memory.kv_bytes + memory.derived_bytes + memory.reserve_bytes + compute
+    return DeviceUse(
+        name=name,
+        kind=kind,
+        capacity_bytes=capacity,
+        weights_bytes=weights,
+        derived_bytes=memory.derived_bytes,
+        kv_bytes=memory.kv_bytes,
+        compute_bytes=compute,
+        reserve_bytes=memory.reserve_bytes,
+        free_bytes=None if capacity is None else capacity - used,
+    )

@@ -1,0 +1,77 @@
+"""`quantmix offload` from the command line: one JSON document, exit codes, a line to copy."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import typer
+from typer.testing import CliRunner, Result
+
+from quantmix.cli import offload
+
+
+def run(*args: str) -> Result:
+    """Run `offload` with these arguments."""
+    app = typer.Typer()
+    app.callback()(lambda: None)
+    offload.register(app)
+    return CliRunner().invoke(app, ["offload", *args])
+
+
+def test_a_placement_as_json() -> None:
+    """Devices, flags, environment and speed; nothing else on stdout."""
+    result = run("qwen3-30b-a3b", "--at", "q4_K", "--gpus", "1xrtx-3060", "--ram", "64G", "--json")
+    assert result.exit_code == 0, result.output
+    doc = json.loads(result.stdout)
+    assert {"model", "settings", "size", "devices", "speed", "offload", "line"} <= set(doc)
+    assert [d["name"] for d in doc["devices"]] == ["GPU0", "CPU"]
+    assert "-ot" in doc["offload"]["flags"]
+    assert doc["offload"]["env"]["CUDA_VISIBLE_DEVICES"] == "0"
+
+
+def test_the_line_to_copy_is_all_of_stdout() -> None:
+    """Tables go to stderr, the command line to stdout."""
+    result = run("llama-3.1-8b", "--at", "q8_0", "--gpus", "1x24G")
+    assert result.exit_code == 0
+    assert result.stdout.strip().startswith("CUDA_DEVICE_ORDER=PCI_BUS_ID")
+    assert len(result.stdout.strip().splitlines()) == 1
+
+
+def test_pasted_flags_as_json() -> None:
+    """Findings, rules, devices and a better line."""
+    result = run(
+        *("deepseek-r1", "--at", "iq4_ks", "--gpus", "1x24G", "--ram", "512G", "--json"),
+        *("--lint", r'-ngl 99 -ot "blk\.[0-10]\.ffn=CUDA0" -ot exps=CPU'),
+    )
+    assert result.exit_code == 0, result.output
+    doc = json.loads(result.stdout)
+    assert any("single digits" in f["text"] for f in doc["findings"])
+    assert doc["rules"][0]["layers"] == "0-1"
+    assert doc["better"]["line"].startswith("CUDA_DEVICE_ORDER")
+
+
+def test_pasted_flags_as_text_name_the_assumed_type() -> None:
+    """Without --at the type in the pasted file name is taken, and told."""
+    result = run("deepseek-r1", "--lint", "-m R1-IQ4_KS.gguf -ot exps=CPU")
+    assert result.exit_code == 0
+    assert "iq4_ks" in result.output
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "said"),
+    [
+        (("deepseek-r1", "--at", "iq4_ks", "--gpus", "1x24G"), 3, "needs about"),
+        (("deepseek-r1",), 2, "say which devices"),
+        (("deepseek-r1", "--gpus", "1x24G", "--vram", "24G"), 2, "one of"),
+        (("nobody-knows", "--gpus", "1x24G"), 2, "unknown model"),
+        (("deepseek-r1", "--lint", "hello"), 2, "no flags"),
+        (("deepseek-r1", "--at", "q9_9", "--gpus", "1x24G"), 2, "q9_9"),
+    ],
+)
+def test_what_cannot_be_answered_is_one_line(args: tuple[str, ...], code: int, said: str) -> None:
+    """Wrong usage is exit 2, too little memory exit 3; one line says why."""
+    result = run(*args)
+    assert result.exit_code == code
+    assert said in result.output
+    assert "Traceback" not in result.output

@@ -1,0 +1,154 @@
+"""Pasted flags are judged: dead and shadowed rules, traps, refusals, odd landings."""
+
+from __future__ import annotations
+
+import pytest
+
+from quantmix.emit.cmdline import parse_text
+from quantmix.emit.lint import (
+    clean,
+    engine_findings,
+    landing_findings,
+    ranges,
+    rule_findings,
+    rule_reports,
+    settings_of,
+    wrong_devices,
+)
+from quantmix.emit.simulate import layer_homes, override_rules, replay
+from quantmix.ggml import types
+from quantmix.memory.settings import Settings
+
+from .conftest import make_rig, model_of, sizes_of
+
+
+def texts(flags: str, name: str = "deepseek-r1", build: str = "2025-06-16") -> list[str]:
+    """Everything the linter says about these flags on one 96G card."""
+    model, rig = model_of(name), make_rig(96, 96)
+    setup = settings_of(parse_text(flags), Settings(build=build))
+    command, found = clean(parse_text(flags), 2)
+    homes = layer_homes(command, model, setup, rig, sizes_of(name), [0, 1])
+    rules = override_rules(command, model, setup, homes, 2)
+    reports = rule_reports(rules, ["CUDA0", "CUDA1"], model.tensors)
+    tokens = [t for o in command.options for t in (o.spelling, o.value) if t is not None]
+    where = replay(tokens, model, setup, rig, sizes_of(name))
+    kinds = [types.get("q8_0")] * len(model.tensors)
+    found += rule_findings(reports, model.tensors)
+    found += engine_findings(parse_text(flags), model, setup)
+    found += landing_findings(command, model, kinds, homes, where, ["GPU0", "GPU1"])
+    return [f.text for f in found]
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (r'-ot exps=CPU -ot "blk.*[02468].ffn_up_exps=CUDA0"', "never takes effect"),
+        (r'-ot "blk\.([0-9]|\.ffn_nothing)x=CPU"', "never matches"),
+        (r'-ot "blk\.[0-10]\.ffn=CUDA0"', "class of single digits"),
+        (r'-ot "blk\.(3|4|)\.ffn_.*_exps.=CUDA0"', "empty branch"),
+        (r'-ot "blk\.\d{1,2}\.ffn=CPU"', "cannot hold one"),
+        ('-ot "exps=CUDA7"', "CUDA7"),
+        ('-ot "exps=CUDA_Host"', "CUDA_Host"),
+        ('-ot "blk.(3=CPU"', "not a regex"),
+        (r'-ot "(?i)exps=CPU"', "std::regex"),
+        (r'-ot "blk\.[3-9]\.ffn.*=CPU"', "router and norm"),
+        (r'-ot "ffn_up_exps=CPU"', "different devices"),
+        ("-ngl 40 -ot exps=CPU", "leaves layers 0-20 in RAM"),
+        ("-rtr -ot exps=CPU", "-rtr repacks"),
+        ("-ngl", "needs a value"),
+    ],
+)
+def test_what_users_get_wrong_is_said(flags: str, said: str) -> None:
+    """Each mistake of the field is named in one sentence."""
+    assert any(said in t for t in texts(flags)), texts(flags)
+
+
+def test_a_dot_without_backslash_is_told_only_when_it_matters() -> None:
+    """`blk.1.` also means layers 10 to 19; `blk.1.ffn` and `_exps.` do no harm."""
+    trap = "stands for any character"
+    assert any(trap in t for t in texts("-ot blk.1.=CPU"))
+    assert not any(trap in t for t in texts("-ot blk.1.ffn_norm=CPU"))
+    assert not any(trap in t for t in texts("-ot ffn_up_exps.=CPU"))
+
+
+def test_a_number_that_is_not_closed_is_told() -> None:
+    """`blk\\.1` also takes layers 10 to 19."""
+    assert any("not closed" in t for t in texts(r"-ot blk\\.1=CPU"))
+    assert not any("not closed" in t for t in texts(r"-ot blk\\.1\\.=CPU"))
+
+
+def test_attention_apart_from_its_ffn_is_counted() -> None:
+    """Layers whose FFN was moved to another GPU than their attention are listed."""
+    found = texts(r'-ts 50,50 -ot "blk\.(3|4)\.ffn_.*=CUDA1"')
+    assert any("2 layers have attention" in t and "layers 3-4 GPU0 → GPU1" in t for t in found)
+
+
+@pytest.mark.parametrize(
+    ("flags", "build", "said"),
+    [
+        ("-fmoe", "2026-08-15", "unknown argument"),
+        ("-fa -ngl 99", "2026-08-15", "bare -fa"),
+        ("-ngl 99", "2026-08-15", "-cram is not given"),
+        ("-ctv q8_0 -fa -mla 3", "2025-06-16", "-ctv does nothing"),
+        ("-ser 6,1", "2025-06-16", "-ser drops experts"),
+    ],
+)
+def test_flags_are_judged_by_the_build(flags: str, build: str, said: str) -> None:
+    """What a build refuses, ignores or sets by itself is told for that build."""
+    assert any(said in t for t in texts(flags, build=build))
+
+
+def test_flags_that_an_old_build_takes_are_not_complained_about() -> None:
+    """-fmoe and bare -fa are right in 2025-06."""
+    found = texts("-fmoe -fa -mla 3 -ngl 99")
+    assert not any("-fmoe" in t or "bare" in t for t in found)
+
+
+def test_flags_of_latent_attention_do_nothing_elsewhere() -> None:
+    """-amb and -mla on Qwen are noted as idle."""
+    found = texts("-mla 3 -amb 512 -fa", "qwen3-235b-a22b")
+    assert any("-mla does nothing" in t for t in found)
+    assert any("-amb does nothing" in t for t in found)
+
+
+def test_mainline_does_not_know_flags_of_ik() -> None:
+    """-mla and friends stop mainline, and -fit is on unless turned off."""
+    setup = Settings(engine="mainline", build="2026-10-01")
+    found = engine_findings(parse_text("-mla 3 -amb 512"), model_of("deepseek-r1"), setup)
+    assert any("mainline does not know -mla, -amb" in f.text for f in found)
+    assert any("-fit off" in f.text for f in found)
+
+
+def test_settings_come_from_the_line() -> None:
+    """Context is padded, batch is at least ubatch, and silence means the build's default."""
+    got = settings_of(parse_text("-c 40000 -ub 4096 -ctk q8_0 -fa"), Settings(build="2025-06-16"))
+    assert (got.ctx, got.ubatch, got.batch) == (40192, 4096, 4096)
+    assert (got.ctk, got.ctv, got.fa, got.cram_mib) == ("q8_0", "f16", True, 0)
+    new = settings_of(parse_text(""), Settings())
+    assert (new.mla, new.amb, new.fa, new.cram_mib) == (3, 256, True, 8192)
+    assert settings_of(parse_text(""), Settings(build="2025-06-16")).fa is False
+
+
+def test_types_without_a_kernel_and_slow_types_are_found() -> None:
+    """q4_k_r4 on a GPU is an error, iq2_kt in RAM a warning, differing up and gate another."""
+    model = model_of("deepseek-r1")
+    kinds = [
+        types.get("q4_k_r4") if t.role == "ffn_down_exps" else types.get("iq2_kt")
+        for t in model.tensors
+    ]
+    gpu = wrong_devices(model, kinds, {t.name: "GPU0" for t in model.tensors})
+    assert [f.severity for f in gpu] == ["error"]
+    ram = wrong_devices(model, kinds, {t.name: "CPU" for t in model.tensors})
+    assert any("iq2_kt" in f.text and f.severity == "warning" for f in ram)
+    mixed = [types.get("q8_0" if t.role == "ffn_up_exps" else "iq2_ks") for t in model.tensors]
+    assert any(
+        "fused" in f.text
+        for f in wrong_devices(model, mixed, {})
+        + wrong_devices(model, mixed, {t.name: "GPU0" for t in model.tensors})
+    )
+
+
+def test_numbers_are_shown_as_ranges() -> None:
+    """Runs get a dash, single numbers stand alone."""
+    assert ranges([9, 3, 4, 5, 4]) == "3-5, 9"
+    assert ranges([]) == ""

@@ -1,0 +1,168 @@
+"""The command lines of ik_llama.cpp discussion 532 are explained, and better ones proposed."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import replace
+
+import pytest
+
+from quantmix.budget import with_ram
+from quantmix.emit.simulate import replay
+from quantmix.errors import UsageError
+from quantmix.explain import Explanation, explain, type_in_name
+from quantmix.memory.settings import Settings
+from quantmix.models.sources import load_model
+from quantmix.offload import StoredModel, stored
+from quantmix.rig.device import Rig
+from quantmix.rig.rigs import load_rig, parse_gpus
+
+# mtcl's lines, paths shortened; CUDA numbers his cards 4090, 4090, 5090, 5090.
+QWEN = r"""
+CUDA_VISIBLE_DEVICES="2,1,0,3" ./build/bin/llama-server \
+--model models/Qwen3-235B-A22B-128K-Q4_K_M-00001-of-00003.gguf \
+--alias unsloth/Qwen3-235B-A22B-128K-Q4_K_M \
+--ctx-size 65536 \
+-ctk q8_0 -ctv q8_0 \
+-fa \
+-b 4096 -ub 4096 \
+-fmoe \
+--n-gpu-layers 100 \
+-ot "blk\.([0-9]|1[0-5])\.ffn=CUDA0" \
+-ot "blk\.(1[6-9]|2[0-7])\.ffn=CUDA1" \
+-ot "blk\.(2[8-9]|3[0-9])\.ffn=CUDA2" \
+-ot "blk\.(4[0-9]|5[0-5])\.ffn=CUDA3" \
+--override-tensor exps=CPU \
+--parallel 1 --threads 56 --host 0.0.0.0 --port 10002
+"""
+R1 = r"""
+CUDA_VISIBLE_DEVICES="2,1,0,3" ./build/bin/llama-server \
+--model models/DeepSeek-R1-0528-IQ4_KS_R4-00001-of-00009.gguf \
+--ctx-size 40960 \
+-ctk q8_0 \
+-mla 3 -fa \
+-b 4096 -ub 4096 \
+-amb 512 \
+-fmoe \
+-ngl 63 \
+-ot "blk\.[3-4]\.ffn_.*=CUDA0" \
+-ot "blk\.[5-6]\.ffn_.*=CUDA1" \
+-ot "blk\.[7-8]\.ffn_.*=CUDA2" \
+-ot "blk\.[9]\.ffn=CUDA3,blk\.1[0-1]\.ffn=CUDA3" \
+-ot exps=CPU \
+--parallel 1 --threads 56 --host 0.0.0.0 --port 10002
+"""
+THEN = Settings(build="2025-06-16")
+
+
+def his_rig() -> Rig:
+    """2x4090 and 2x5090 in CUDA's order, 512 GB of DDR5 in eight channels."""
+    host = load_rig("2x5090-2x4090-512g")
+    base = with_ram(parse_gpus("2xrtx-4090,2xrtx-5090"), None, None, None, False)
+    return replace(base, host=host.host, cpu_cores=host.cpu_cores, cpu_class=host.cpu_class)
+
+
+def qwen() -> StoredModel:
+    """The Qwen file of the thread, by its name."""
+    return stored(load_model("qwen3-235b-a22b"), "ik", type_in_name("Qwen3-235B-Q4_K_M", "ik"))
+
+
+def r1() -> StoredModel:
+    """The R1 file of the thread, by its name."""
+    return stored(load_model("deepseek-r1-0528"), "ik", type_in_name("R1-0528-IQ4_KS_R4", "ik"))
+
+
+def said(found: Explanation, *words: str) -> bool:
+    """Whether one finding holds all the words."""
+    return any(all(w in f.text for w in words) for f in found.findings)
+
+
+def test_the_qwen_line_is_explained_layer_by_layer() -> None:
+    """Experts of 0-55 on four GPUs, 56-93 in RAM by a rule the others shadow in part."""
+    found = explain(QWEN, qwen(), his_rig(), THEN)
+    assert [r.layers for r in found.rules] == ["0-15", "16-27", "28-39", "40-55", "56-93"]
+    last = found.rules[-1]
+    assert (last.matched, last.won, last.taken_by) == (282, 114, {1: 48, 2: 36, 3: 36, 4: 48})
+    assert said(found, "rule 5 (exps=CPU) is shadowed in part")
+    assert "experts of layers 0-15" in found.holds["GPU2"]
+    assert "experts of layers 56-93" in found.holds["CPU"]
+
+
+def test_the_qwen_line_wastes_memory_and_bus() -> None:
+    """Attention stays behind when FFN is moved, and each 5090 has room for more layers."""
+    found = explain(QWEN, qwen(), his_rig(), THEN)
+    assert said(found, "have attention and KV cache on one GPU and FFN on another", "free memory")
+    assert said(found, "GPU2 wastes", "more layers")
+    assert said(found, "CUDA_DEVICE_ORDER")
+    assert said(found, "CUDA0 = GPU2 (rtx-5090)")
+    assert not said(found, "unknown argument")
+
+
+def test_the_qwen_line_does_not_start_on_a_new_build() -> None:
+    """-fmoe and bare -fa are refused since the end of 2025."""
+    found = explain(QWEN, qwen(), his_rig(), Settings())
+    assert said(found, "-fmoe is an unknown argument")
+    assert said(found, "bare -fa")
+
+
+def test_the_r1_line_is_explained_layer_by_layer() -> None:
+    """Nine layers of experts on the GPUs, 49 in RAM; a comma makes two rules of one -ot."""
+    found = explain(R1, r1(), his_rig(), THEN)
+    assert [r.layers for r in found.rules] == ["3-4", "5-6", "7-8", "9", "10-11", "12-60"]
+    assert "experts of layers 12-60" in found.holds["CPU"]
+    assert said(found, "rule 6 (exps=CPU) is shadowed in part")
+    assert said(found, "layers 5-6 GPU2 → GPU1")
+
+
+@pytest.mark.parametrize("build", ["2025-06-16", "2026-08-15"])
+@pytest.mark.parametrize(("line", "file"), [(QWEN, qwen), (R1, r1)], ids=["qwen", "r1"])
+def test_the_better_line_fits_and_is_not_slower(line: str, file: object, build: str) -> None:
+    """Its flags, replayed, are its plan; no device is full; predicted at least as fast."""
+    stored_file = file()  # type: ignore[operator]
+    found = explain(line, stored_file, his_rig(), Settings(build=build))
+    assert found.better is not None
+    assert found.gain is not None
+    assert found.gain >= 1.0
+    assert all((u.free_bytes or 0) >= 0 for u in found.better.devices)
+    where = replay(
+        found.better.flags, stored_file.model, found.settings, his_rig(), stored_file.sizes
+    )
+    n_now = sum("exps" in n and d != "CPU" for n, d in found.homes.items())
+    assert sum("exps" in n and d != "CPU" for n, d in where.items()) >= n_now
+    tokens = shlex.split(found.better_line)
+    assert tokens[0] == "CUDA_DEVICE_ORDER=PCI_BUS_ID"
+    assert "./build/bin/llama-server" in tokens
+    assert tokens[tokens.index("--threads") + 1] == "56"
+    assert "-ts" in tokens
+    assert ("-fmoe" in tokens) == (build < "2025-10-25")
+
+
+def test_without_a_rig_it_still_tells_what_lands_where() -> None:
+    """GPUs are counted from the line; sizes and a better line are missing, and it says so."""
+    found = explain(R1, r1(), None, THEN)
+    assert [r.won for r in found.rules] == [16, 16, 16, 8, 16, 147]
+    assert found.better is None
+    assert said(found, "no better line", "--gpus")
+    assert all(d.free_bytes is None for d in found.devices)
+
+
+def test_rules_that_never_apply_are_errors_at_the_top() -> None:
+    """exps=CPU first makes every later rule dead (discussion 258)."""
+    line = '-ngl 63 -ot exps=CPU -ot "blk.*[02468].ffn_up_exps.=CUDA0"'
+    found = explain(line, r1(), his_rig(), THEN)
+    assert found.findings[0].severity == "error"
+    assert said(found, "rule 2", "never takes effect", "rule 1")
+
+
+def test_text_without_flags_is_refused() -> None:
+    """There is nothing to explain in a sentence."""
+    with pytest.raises(UsageError, match="no flags"):
+        explain("how do I know which layer to offload", r1(), None, THEN)
+
+
+def test_types_are_read_from_file_names() -> None:
+    """The quant's name in the file name; nothing when it has none, or the engine lacks it."""
+    assert type_in_name("a/b/R1-0528-IQ4_KS_R4-00001-of-00009.gguf", "ik") == "iq4_ks_r4"
+    assert type_in_name("Qwen3-Q4_K_M.gguf", "mainline") == "q4_K"
+    assert type_in_name("R1-IQ4_KS.gguf", "mainline") is None
+    assert type_in_name("model.gguf", "ik") is None

@@ -1,0 +1,114 @@
+"""Placement of files that exist: it fits, it is fast, its flags are proven."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+
+from quantmix.budget import with_ram
+from quantmix.emit.simulate import replay
+from quantmix.errors import InfeasibleBudget
+from quantmix.memory.model import HOST
+from quantmix.memory.settings import Settings
+from quantmix.models.sources import load_model
+from quantmix.offload import OffloadPlan, StoredModel, place, stored
+from quantmix.rig.device import Rig
+from quantmix.rig.rigs import parse_gpus
+
+
+@cache
+def file_of(name: str, at: str) -> StoredModel:
+    """A catalog model with every matrix at one type."""
+    return stored(load_model(name), "ik", at)
+
+
+def rig_of(gpus: str, ram: str | None = None) -> Rig:
+    """A rig from flags."""
+    return with_ram(parse_gpus(gpus), ram, None, None, False)
+
+
+def check(plan: OffloadPlan, file: StoredModel, rig: Rig, settings: Settings) -> None:
+    """No device over capacity, up and gate together, flags replayed = table of devices."""
+    for use in plan.devices:
+        assert use.free_bytes is None or use.free_bytes >= 0, use
+    where = replay(plan.flags, file.model, settings, rig, file.sizes)
+    for name, home in where.items():
+        if "ffn_up_exps" in name:
+            assert where[name.replace("ffn_up_exps", "ffn_gate_exps")] == home
+    for use in plan.devices:
+        held = sum(file.sizes[n] for n, d in where.items() if d == use.name)
+        assert held == use.weights_bytes
+
+
+CASES = [
+    ("deepseek-r1", "iq4_ks", "2xrtx-5090,2xrtx-4090", "512G"),
+    ("deepseek-r1", "iq2_kt", "2xrtx-pro-6000", None),
+    ("deepseek-r1", "iq2_k", "16xrtx-3090", None),
+    ("qwen3-235b-a22b", "q4_K", "2xrtx-5090,2xrtx-4090", "512G"),
+    ("qwen3-235b-a22b", "q4_K", "1x24G", "256G"),
+    ("llama-3.1-70b", "q4_K", "1xrtx-4090", "128G"),
+    ("llama-3.1-70b", "q4_K", "2x32G", None),
+    ("glm-4.5-air", "q4_0", "1x24G,1x16G", "128G"),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(map(str, c)))
+@pytest.mark.parametrize("build", ["2026-08-15", "2025-06-16"])
+def test_a_file_is_placed_within_every_device(
+    case: tuple[str, str, str, str | None], build: str
+) -> None:
+    """Published mixes on rigs of the field: fits, and the flags do it."""
+    name, at, gpus, ram = case
+    file, rig, settings = file_of(name, at), rig_of(gpus, ram), Settings(build=build)
+    check(place(file, rig, settings), file, rig, settings)
+
+
+def test_mainline_places_as_well() -> None:
+    """The same for mainline, which splits by count."""
+    file = stored(load_model("qwen3-235b-a22b"), "mainline", "q4_K")
+    settings = Settings(engine="mainline", build="2026-10-01")
+    rig = rig_of("2x24G", "256G")
+    check(place(file, rig, settings), file, rig, settings)
+
+
+def test_what_fits_is_fully_resident_without_overrides() -> None:
+    """R1 at iq2_kt on two 96 GB cards needs no -ot."""
+    plan = place(file_of("deepseek-r1", "iq2_kt"), rig_of("2xrtx-pro-6000"), Settings())
+    assert "-ot" not in plan.flags.flags
+    assert not plan.placement.cpu_experts
+
+
+def test_gpus_are_filled_with_whole_expert_layers() -> None:
+    """No GPU keeps room for two more layers of experts while some are in RAM."""
+    file = file_of("qwen3-235b-a22b", "q4_K")
+    plan = place(file, rig_of("2x24G", "256G"), Settings())
+    layer = sum(b for n, b in file.sizes.items() if n.startswith("blk.5.") and "exps" in n)
+    assert plan.placement.cpu_experts
+    assert all((u.free_bytes or 0) < 2 * layer for u in plan.devices if u.kind == "gpu")
+
+
+def test_a_dense_model_leaves_as_few_layers_in_ram_as_it_must() -> None:
+    """A 70B on one 24 GB card: leading layers in RAM, less than one more would fit."""
+    file = file_of("llama-3.1-70b", "q4_K")
+    plan = place(file, rig_of("1xrtx-4090", "128G"), Settings())
+    homes = plan.placement.layer_device
+    first = homes.index(0)
+    assert set(homes[:first]) == {HOST}
+    layer = sum(b for n, b in file.sizes.items() if n.startswith("blk.5."))
+    assert (plan.devices[0].free_bytes or 0) < 2 * layer
+
+
+def test_types_without_a_cuda_kernel_stay_in_ram() -> None:
+    """Experts of an interleaved type are never put on a GPU, however much room there is."""
+    plan = place(file_of("deepseek-r1", "q4_k_r4"), rig_of("1x96G", "512G"), Settings())
+    assert plan.placement.cpu_experts == frozenset(range(3, 61))
+    assert any("q4_k_r4" in w and "no CUDA kernel" in w for w in plan.warnings)
+
+
+@pytest.mark.parametrize(("gpus", "ram"), [("1x24G", None), ("1x24G", "64G")])
+def test_what_does_not_fit_says_what_is_missing(gpus: str, ram: str | None) -> None:
+    """Too little of everything is infeasible, with the need and the mend in one line."""
+    with pytest.raises(InfeasibleBudget, match=r"needs about .* give more --gpus") as err:
+        place(file_of("deepseek-r1", "iq2_ks"), rig_of(gpus, ram), Settings())
+    assert "\n" not in str(err.value)
