@@ -75,6 +75,18 @@ class OracleReport:
         """Whether every comparison holds."""
         return all(c.ok for c in self.comparisons)
 
+    def __str__(self) -> str:
+        """The report for people: one line per quantity, then what it does not say."""
+        lines = [f"memory by {self.engine.version} ({self.engine.origin}), all on the host:"]
+        for c in self.comparisons:
+            how = "equal" if c.equal else "bound"
+            verdict = "holds" if c.ok else "DOES NOT HOLD"
+            lines.append(
+                f"  {c.what}: planned {c.planned_bytes / MIB:.2f} MiB ({how}), "
+                f"engine {c.engine_bytes / MIB:.2f} MiB: {verdict}"
+            )
+        return "\n".join([*lines, self.limits])
+
     def to_json(self) -> dict[str, Any]:
         """Return the report for `check --json`."""
         return {

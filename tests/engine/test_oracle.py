@@ -178,4 +178,6 @@ def test_report_states_its_limits() -> None:
     report = OracleReport(rows, engine)
     assert not report.ok
     assert report.to_json()["limits"] == LIMITS
+    assert str(report).splitlines()[-1] == LIMITS
+    assert "compute: planned 0.00 MiB (bound), engine 0.00 MiB: DOES NOT HOLD" in str(report)
     assert "nothing about the compute buffers of ik_llama.cpp on CUDA" in LIMITS
