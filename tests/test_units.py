@@ -1,0 +1,54 @@
+"""Sizes as people write them."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from quantmix.errors import UsageError
+from quantmix.units import GIB, gib, pad, parse_size
+
+
+@pytest.mark.parametrize(
+    ("text", "n_bytes"),
+    [
+        ("192G", 192 * 2**30),
+        ("192GiB", 192 * 2**30),
+        ("192GB", 192 * 10**9),
+        ("800M", 800 * 2**20),
+        ("1.5g", 3 * 2**29),
+        ("123", 123),
+        (" 24 G ", 24 * 2**30),
+    ],
+)
+def test_sizes_are_read(text: str, n_bytes: int) -> None:
+    """G and GiB are 2^30, GB is 10^9."""
+    assert parse_size(text) == n_bytes
+
+
+@pytest.mark.parametrize("text", ["192X", "-5G", "", "G", "1e3G", "0", "0G", "nan", "1..2G"])
+def test_nonsense_is_refused_by_name(text: str) -> None:
+    """What is not a size above zero is answered with the flag's name."""
+    with pytest.raises(UsageError, match="--vram"):
+        parse_size(text, "--vram")
+
+
+@given(st.integers(1, 10**15))
+def test_plain_numbers_are_themselves(n: int) -> None:
+    """A number without a unit is bytes."""
+    assert parse_size(str(n)) == n
+
+
+def test_gib_names_its_unit() -> None:
+    """Below one GiB the text is in MiB."""
+    assert gib(3 * GIB) == "3.00 GiB"
+    assert gib(5 * 2**20) == "5 MiB"
+
+
+@given(st.integers(0, 10**9), st.integers(1, 4096))
+def test_pad_is_the_least_multiple_above(n: int, multiple: int) -> None:
+    """`pad` rounds up to a multiple, by less than one multiple."""
+    padded = pad(n, multiple)
+    assert padded % multiple == 0
+    assert 0 <= padded - n < multiple
