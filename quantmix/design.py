@@ -205,7 +205,7 @@ def _assemble(
         model,
         settings,
         tensors,
-        name=options.name or f"{model.id}-{_slug(budget.label)}",
+        name=options.name or f"{model.id}-{slug(budget.label)}",
         budget={"label": budget.label, "ideal": bool(budget.rig and budget.rig.ideal)},
         devices=devices,
         quality=quality,
@@ -313,7 +313,8 @@ def _warn_fallbacks(quality: Quality, palette: Palette, options: Options) -> Qua
     return replace(quality, warnings=(*quality.warnings, text))
 
 
-def _slug(label: str) -> str:
+def slug(label: str) -> str:
+    """Return a label as part of a recipe's name: letters, digits and . _ + - only."""
     return "".join(c if c.isalnum() or c in "._+-" else "-" for c in label)
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from quantmix.budget import Budget
 from quantmix.design import Design, Options, run
 from quantmix.errors import InfeasibleBudget, UsageError
+from quantmix.loss.model import LossModel
 from quantmix.models.model import Model
 from quantmix.units import GIB, gib
 
@@ -16,7 +17,7 @@ _TENTH = GIB // 10
 
 
 def longest_context(
-    model: Model, budget: Budget, options: Options
+    model: Model, budget: Budget, options: Options, loss: LossModel | None = None
 ) -> tuple[Budget, Design, tuple[str, ...]]:
     """Return the design with the longest context that fits, up to what the model was trained on.
 
@@ -30,7 +31,7 @@ def longest_context(
 
     def at(ctx: int) -> tuple[Budget, Design]:
         there = replace(budget, settings=replace(budget.settings, ctx=ctx))
-        return there, run(model, there, options)
+        return there, run(model, there, options, loss)
 
     low, best = 4096, at(4096)
     steps_low, steps_high = low // _CTX_STEP, top // _CTX_STEP
@@ -50,7 +51,11 @@ def longest_context(
 
 
 def smallest_budget(
-    model: Model, budget: Budget, options: Options, max_loss: float
+    model: Model,
+    budget: Budget,
+    options: Options,
+    max_loss: float,
+    loss: LossModel | None = None,
 ) -> tuple[Budget, Design, tuple[str, ...]]:
     """Return the design on the smallest `--vram` whose predicted PPL rise stays below `max_loss`.
 
@@ -67,7 +72,7 @@ def smallest_budget(
         label = f"{tenths / 10:.1f}G"
         there = replace(there, settings=budget.settings, label=label)
         try:
-            found = run(model, there, options)
+            found = run(model, there, options, loss)
         except InfeasibleBudget:
             return None
         return there, found

@@ -15,6 +15,7 @@ from quantmix.design import Design, Options, run
 from quantmix.engine.ghost import CheckResult, DryCheck, dry_run, static_problems
 from quantmix.errors import CheckFailed, UsageError
 from quantmix.files import write_text
+from quantmix.loss.model import LossModel
 from quantmix.models.model import Model
 from quantmix.palette import TypeLimits
 from quantmix.planner import Goals
@@ -97,8 +98,14 @@ class Answer:
         return doc
 
 
-def fulfil(request: Request) -> Answer:
+def fulfil(
+    request: Request, *, model: Model | None = None, loss: LossModel | None = None
+) -> Answer:
     """Design, write, and have the engine walk the recipe.
+
+    Args:
+        model, loss: what the request names, when they are loaded already: many budgets of one
+            model share them.
 
     Raises:
         UsageError: flags that make no sense together.
@@ -108,11 +115,11 @@ def fulfil(request: Request) -> Answer:
     from quantmix.models.sources import load_model
 
     started = time.perf_counter()
-    model = load_model(request.model, layout=request.layout)
-    budget, notes = _budget(request, model)
+    model = model or load_model(request.model, layout=request.layout)
+    budget, notes = budget_of(request, is_mla=model.hparams.is_mla)
     options = _options(request)
     before = time.perf_counter()
-    budget, found, more = _answer_inverse(request, model, budget, options)
+    budget, found, more = _answer_inverse(request, model, budget, options, loss)
     solved = time.perf_counter() - before
     recipe = found.recipe
     check: CheckResult | None = None
@@ -212,15 +219,19 @@ def _prepare_figures() -> None:
     from matplotlib.backends import backend_agg  # noqa: F401
 
 
-def _budget(request: Request, model: Model) -> tuple[Budget, tuple[str, ...]]:
-    """Return the budget of a request; exactly one kind must be named."""
+def budget_of(request: Request, *, is_mla: bool) -> tuple[Budget, tuple[str, ...]]:
+    """Return the budget of a request, and notes; exactly one kind must be named.
+
+    Raises:
+        UsageError: none or several kinds, or a value that makes no sense.
+    """
     ctx = parse_ctx(request.ctx)
     settings: dict[str, Any] = {
         "engine": request.engine,
         "build": request.engine_build,
         "ctx": ctx if ctx is not None else 4096,
         "ctk": request.ctk,
-        "ctv": request.ctv or (request.ctk if model.hparams.is_mla else None),
+        "ctv": request.ctv or (request.ctk if is_mla else None),
         "ubatch": request.ubatch or _profile(request.profile),
         "batch": request.batch,
         "parallel": request.parallel,
@@ -295,13 +306,14 @@ def _options(request: Request) -> Options:
 
 
 def _answer_inverse(
-    request: Request, model: Model, budget: Budget, options: Options
+    request: Request, model: Model, budget: Budget, options: Options, loss: LossModel | None
 ) -> tuple[Budget, Design, tuple[str, ...]]:
     """Run the design, or the search that an inverse question asks for."""
     from quantmix import inverse
 
     if parse_ctx(request.ctx) is None:
-        return inverse.longest_context(model, budget, options)
+        return inverse.longest_context(model, budget, options, loss)
     if request.max_loss is not None:
-        return inverse.smallest_budget(model, budget, options, parse_percent(request.max_loss))
-    return budget, run(model, budget, options), ()
+        share = parse_percent(request.max_loss)
+        return inverse.smallest_budget(model, budget, options, share, loss)
+    return budget, run(model, budget, options, loss), ()
