@@ -11,15 +11,16 @@ from typing import Literal
 
 from quantmix.errors import EngineMissing
 
-Origin = Literal["--llama-bin", "QUANTMIX_LLAMA_BIN", "PATH", "ik-llama-cpp-python"]
+Origin = Literal["--llama-bin", "QUANTMIX_LLAMA_BIN", "PATH", "ik-llama-cpp-python", "libllama"]
 
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """A program of an engine: its path and where it was found."""
+    """A program of an engine: its path, where it was found, and what comes before its arguments."""
 
     path: Path
     origin: Origin
+    prefix: tuple[str, ...] = ()
 
 
 def package_folder() -> Path | None:

@@ -17,7 +17,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, Literal
 
@@ -60,11 +60,12 @@ class Candidate:
     origin: str
 
 
-def find_mainline(need: Need) -> Mainline:
+def find_mainline(need: Need, *, libraries_only: bool = False) -> Mainline:
     """Return the first mainline engine that can do what is asked.
 
     `quantize` takes a program or a library that quantizes; `memory` takes a library. A library
-    that cannot be used is passed over, but not one that QUANTMIX_LIBLLAMA names.
+    that cannot be used is passed over, but not one that QUANTMIX_LIBLLAMA names. With
+    `libraries_only` the library beside a program counts, the program does not.
 
     Raises:
         EngineMissing: none found; the message says what to install.
@@ -72,7 +73,10 @@ def find_mainline(need: Need) -> Mainline:
         UsageError: QUANTMIX_LIBLLAMA or QUANTMIX_LLAMA_BIN names nothing usable.
     """
     passed: list[str] = []
-    for candidate in candidates():
+    for found in candidates():
+        candidate = replace(found, program=None) if libraries_only else found
+        if candidate.program is None and candidate.library is None:
+            continue
         try:
             engine = examine(candidate)
         except EngineError as err:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +19,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from quantmix.engine import binaries
+from quantmix.engine.find import Program
+from quantmix.engine.mainline_find import find_mainline
 from quantmix.engine.shards import require_fitting_shards, split
 from quantmix.engine.weights import WeightsFile, open_weights
 from quantmix.errors import BadFile, CheckFailed, EngineMissing, SourceMismatch, UsageError
@@ -261,13 +264,32 @@ def _require_disk(out: Path, need: int) -> None:
 
 
 def _program(engine: str, llama_bin: str | Path | None) -> binaries.Binary:
-    binary = binaries.probe("llama-quantize", llama_bin)
+    """Find the engine's llama-quantize; mainline's library does as well when no other is there."""
+    try:
+        binary = binaries.probe("llama-quantize", llama_bin)
+    except EngineMissing:
+        if engine != "mainline" or llama_bin:
+            raise
+        return _library_program()
     if binary.engine != engine:
+        if engine == "mainline" and not llama_bin:
+            return _library_program()
         raise EngineMissing(
             f"the recipe is for {engine}, {binary.program.path} ({binary.program.origin}) is "
             f"{binary.engine}'s: name the folder of {engine}'s programs with --llama-bin"
         )
     return binary
+
+
+def _library_program() -> binaries.Binary:
+    """Return the program that calls mainline's library in place of its llama-quantize.
+
+    Raises:
+        EngineMissing: there is none either; the message says what to install.
+    """
+    found = find_mainline("quantize", libraries_only=True)
+    program = Program(Path(sys.executable), "libllama", ("-m", "quantmix.engine.mainline_quantize"))
+    return binaries.Binary(program, "mainline", found.version, frozenset())
 
 
 @contextmanager
@@ -287,7 +309,7 @@ def command_line(
     plan: Plan, out: Path, imatrix: Path | None, threads: int | None, scratch: Path
 ) -> list[str]:
     """Return the command; mainline's rules go into a file in `scratch`."""
-    command = [str(plan.binary.program.path)]
+    command = [str(plan.binary.program.path), *plan.binary.program.prefix]
     command += ["--allow-requantize"] if plan.allow_requantize else []
     command += ["--imatrix", str(imatrix)] if imatrix else []
     if plan.binary.engine == "ik":

@@ -14,12 +14,15 @@ import sys
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from quantmix.engine import mainline_fetch
+from quantmix.engine import mainline_fetch, mainline_quantize
 from quantmix.engine.mainline import dry_run, rules_of
 from quantmix.engine.mainline_find import Mainline, find_mainline, flavour
+from quantmix.engine.weights import open_weights
 from quantmix.errors import EngineError
+from quantmix.ggml.imatrix import Entry, Imatrix, write
 from quantmix.models.ghost import write_ghost
 from quantmix.models.sources import load_model
 
@@ -126,3 +129,35 @@ def test_refusal_of_the_program(program: Mainline, ghost: Path, tmp_path: Path) 
         dry_run(ghost, [("(", "q4_K")], engine=program)
     with pytest.raises(EngineError, match="none"):
         dry_run(tmp_path / "none.gguf", [], engine=program)
+
+
+@pytest.mark.parametrize("suffix", ["gguf", "dat"])
+def test_library_writes_the_same_file(
+    suffix: str, program: Mainline, tiny_moe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through the library the file is, byte for byte, what the program writes, imatrix and all."""
+    monkeypatch.delenv("QUANTMIX_LLAMA_BIN", raising=False)
+    rng = np.random.default_rng(7)
+    entries = {
+        name: Entry(
+            rng.random((info.shape[2] if len(info.shape) > 2 else 1, info.shape[0])).astype("f4"),
+            np.full(info.shape[2] if len(info.shape) > 2 else 1, 3, np.float32),
+        )
+        for name, (info, _, _) in open_weights(tiny_moe).tensors.items()
+        if len(info.shape) > 1
+    }
+    matrix = tmp_path / f"matrix.{suffix}"
+    write(Imatrix(entries, "random", 5, 512), matrix)
+    rules = tmp_path / "rules.args"
+    rules.write_text("ATTN_Q=iq2_xs\n^blk\\.1\\.ffn_down_exps=iq3_xxs attn_k=Q5_K\n")
+    options = ["--imatrix", str(matrix), "--tensor-type-file", str(rules), str(tiny_moe)]
+    theirs, ours = tmp_path / "theirs.gguf", tmp_path / "ours.gguf"
+    command = [str(program.program), *options, str(theirs), "Q4_K_M", "1"]
+    subprocess.run(command, check=True, capture_output=True)
+    module = [sys.executable, "-m", "quantmix.engine.mainline_quantize"]
+    subprocess.run([*module, *options, str(ours), "Q4_K_M", "1"], check=True, capture_output=True)
+    assert ours.read_bytes() == theirs.read_bytes()
+    kinds = open_weights(ours).types()
+    assert kinds["blk.0.attn_q.weight"] == "iq2_xs"
+    assert kinds["blk.1.ffn_down_exps.weight"] == "iq3_xxs"
+    assert mainline_quantize.main(["a", "b", "NO_PRESET"]) == 1
