@@ -19,8 +19,8 @@ _SHORT: Final = 1000  # n_kv below which a row is about weights
 _DIFFERENT: Final = 1.05
 
 
-def run(logs: str | Path) -> dict[str, Any]:
-    """Return the backtest document of CONTRACT §2 for a table of speed logs.
+def run(logs: str | Path | None = None) -> dict[str, Any]:
+    """Return the backtest document of CONTRACT §2 for a table of speed logs (default: shipped).
 
     Bands: by where the model ran (`cpu`, `hybrid`, `gpu`) and `all`, for rows at n_kv < 1000, and
     `long` for the others; `controls` hold the direction of differences on one rig, the error after

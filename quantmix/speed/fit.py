@@ -1,8 +1,8 @@
-"""Refits the constants of the speed model: `python -m quantmix.speed.fit --logs FILE`.
+"""Refits the constants of the speed model: `python -m quantmix.speed.fit [--logs FILE]`.
 
 Every constant is fitted in its logarithm, by least squares on ln(predicted/measured) with a loss
-that is linear beyond 8 %, and drawn towards the prior below as if that were one more measurement
-with 60 % spread: classes with a single machine stay near it. Rows of one case share one vote.
+that is linear beyond 8 %, and drawn towards the prior below as if that were one more row with 60 %
+noise (rows: 15 %): classes with a single machine stay near it. Rows of one case share one vote.
 The band is the 90 % quantile of |ln(predicted/measured)| when the group of rows that share rig and
 model family is left out of the fit; the calibrated band scales each rig by its other cases.
 """
@@ -27,6 +27,7 @@ from quantmix.speed.roofline import prompt_seconds, token_seconds
 
 Key = tuple[str, str]
 _SPREAD: Final = 0.6
+_ROW_NOISE: Final = 0.15
 _LINEAR_BEYOND: Final = 0.08
 _MOST_SHARE: Final = 0.98  # no memory is read faster than its bandwidth
 SHORT: Final = 1000  # n_kv below which a row is about weights, not about the cache
@@ -115,7 +116,7 @@ def fit(
         constants = {k: exp(v) for k, v in zip(keys, x, strict=True)}
         data = [d / sqrt(votes[r.case]) for r in rows if (d := ratio(r, constants)) is not None]
         soft = [_huber(d) for d in data]
-        drawn = 0.15 * (x - start) / _SPREAD
+        drawn = _ROW_NOISE * (x - start) / _SPREAD
         return np.concatenate([soft, drawn])
 
     highest = [log(_MOST_SHARE) if k[0].startswith("eta_") else np.inf for k in keys]
@@ -160,7 +161,7 @@ def _huber(d: float) -> float:
 def main(argv: Sequence[str] | None = None) -> None:
     """Fit and write `constants.csv` beside this module (or `--out`)."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--logs", required=True, help="CSV of speed logs")
+    parser.add_argument("--logs", help="CSV of speed logs (default: those beside this module)")
     parser.add_argument("--out", default=str(Path(__file__).with_name("constants.csv")))
     args = parser.parse_args(argv)
     rows = [r for r in read_logs(args.logs)[0] if r.usable]
@@ -174,13 +175,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     band_cal = float(np.quantile(np.abs(scaled), 0.9)) if scaled else band
     source = (
         f"fitted on {len(tg)} TG and {len(pp)} PP rows of published logs by "
-        "python -m quantmix.speed.fit --logs FILE"
+        "python -m quantmix.speed.fit"
     )
     with Path(args.out).open("w", encoding="utf-8", newline="") as file:
         out = csv.writer(file, lineterminator="\n")
         out.writerow(["name", "key", "value", "source"])
         for (name, key), value in constants.items():
-            out.writerow([name, key, f"{value:.4g}", source])
+            prior = (_TG_PRIORS | _PP_PRIORS)[name, key]
+            untouched = abs(log(value / prior)) < 1e-4
+            why = "assumed: no log speaks of it" if untouched else source
+            out.writerow([name, key, f"{value:.4g}", why])
         note = f"90 % quantile over {len(short)} rows, their group left out of the fit"
         out.writerow(["band_ln", "plain", f"{band:.4g}", note])
         out.writerow(["band_ln", "calibrated", f"{band_cal:.4g}", note + ", rig scaled by others"])

@@ -60,12 +60,15 @@ class LogModel:
     experts_used: int
 
 
-def read_logs(path: str | Path) -> tuple[list[Row], list[dict[str, str]]]:
+def read_logs(path: str | Path | None = None) -> tuple[list[Row], list[dict[str, str]]]:
     """Return the rows that can be judged, and the others as `{"id", "why"}`.
+
+    Without a path the published logs beside this module are read (each row names its page).
 
     Raises:
         BadFile: not such a table.
     """
+    path = path or Path(__file__).with_name("logs.csv")
     try:
         table = list(csv.DictReader(Path(path).read_text(encoding="utf-8").splitlines()))
     except (OSError, UnicodeDecodeError, csv.Error) as err:

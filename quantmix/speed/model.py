@@ -3,7 +3,7 @@
 The formula is `roofline`'s with every tensor on its own: bytes read per token over what the device
 reaches, and on a CPU no faster than its type decodes. What does not depend on types (launches,
 barriers, KV cache) is `fixed_seconds`. Constants: `constants.csv`, fitted on published logs by
-`python -m quantmix.speed.fit --logs FILE`; the band is the 90 % quantile of the error of machines
+`python -m quantmix.speed.fit`; the band is the 90 % quantile of the error of machines
 left out of the fit (narrower once `scale` carries one measured row of the machine at hand).
 """
 
