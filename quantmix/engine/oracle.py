@@ -143,7 +143,7 @@ def check_memory(
         Placement((HOST,) * kv.n_blocks(model), HOST),
     )[-1]
     weights = weights_on_host(model, type_of, mtp=wanted.mtp)
-    cache = sum(kv.kv_bytes(model, wanted)[: model.hparams.n_layer])
+    cache = sum(kv.kv_bytes(model, replace(wanted, mtp=False)))
     return OracleReport(
         comparisons=(
             Comparison("weights", weights, found.weights_bytes, True),

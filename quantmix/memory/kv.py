@@ -28,6 +28,7 @@ CTX_PAD: Final = 256
 _STATE_BYTES: Final = 4  # recurrent state is f32 in both engines
 
 IK_SKIPS_IDLE_MTP: Final = "2025-10-20"  # ik_llama.cpp PR 843
+MAINLINE_SKIPS_IDLE_MTP: Final = "2026-09-28"  # release 0.5.0
 IK_INDEXER: Final = "2026-06-27"  # PR 2045; needs `--dsa` to be used, counted as an upper bound
 MAINLINE_MLA: Final = "2025-04-15"  # llama.cpp PR 12801
 MAINLINE_MLA_WITHOUT_V: Final = "2026-01-25"  # llama.cpp PR 19067
@@ -51,7 +52,8 @@ def kv_bytes(model: Model, settings: Settings) -> tuple[int, ...]:
         else recurrent_state_bytes(h) * settings.parallel
         for i in range(h.n_layer)
     ]
-    mtp = _attention(model, settings, swa=False, layer=h.n_layer) if _mtp_cached(settings) else 0
+    cached = _mtp_cached(model, settings)
+    mtp = _attention(model, settings, swa=False, layer=h.n_layer) if cached else 0
     return (*trunk, *([mtp] * (n_blocks(model) - h.n_layer)))
 
 
@@ -222,6 +224,12 @@ def _indexer_cell(h: HParams, settings: Settings) -> int:
     return _row(settings, kind, h.indexer_head_dim)
 
 
-def _mtp_cached(settings: Settings) -> bool:
-    """Whether MTP blocks get a KV cache."""
-    return settings.mtp or (settings.engine == "ik" and settings.build < IK_SKIPS_IDLE_MTP)
+def _mtp_cached(model: Model, settings: Settings) -> bool:
+    """Whether MTP blocks get a KV cache: when they run, and in builds that forgot to leave it out.
+
+    mainline allocated it for GLM-4.5 up to release 0.4.0 (seen there, and gone in 0.5.0).
+    """
+    if settings.engine == "ik":
+        return settings.mtp or settings.build < IK_SKIPS_IDLE_MTP
+    old = model.arch == "glm4moe" and settings.build < MAINLINE_SKIPS_IDLE_MTP
+    return settings.mtp or old

@@ -72,6 +72,15 @@ def test_plan_uses_them() -> None:
     assert HOST not in placement.layer_device
 
 
+def test_older_releases_cache_the_idle_mtp_block() -> None:
+    """Up to release 0.4.0 GLM-4.5's MTP block had a cache that nobody used: one layer more."""
+    model = load_model("glm-4.5-air")
+    new, old = kv.kv_bytes(model, BASE), kv.kv_bytes(model, replace(BASE, build="2026-09-01"))
+    assert new[-1] == 0
+    assert old[-1] == old[-2] > 0
+    assert old[:-1] == new[:-1]
+
+
 @pytest.mark.engine
 @pytest.mark.parametrize(
     "name",
