@@ -37,7 +37,7 @@ from quantmix.models.model import Model
 from quantmix.offload import OffloadPlan, StoredModel, device_uses, holds, place
 from quantmix.recipe import DeviceUse, Speed
 from quantmix.rig.device import Device, Rig
-from quantmix.speed.model import plan_seconds, predict
+from quantmix.speed.model import calibration, plan_seconds, predict
 from quantmix.units import gib
 
 _SEVERITIES: Final = ("error", "warning", "note")
@@ -76,13 +76,21 @@ class Explanation:
     gain: float | None
 
 
-def explain(text: str, file: StoredModel, rig: Rig | None, base: Settings) -> Explanation:
+def explain(
+    text: str,
+    file: StoredModel,
+    rig: Rig | None,
+    base: Settings,
+    *,
+    measured_tps: float | None = None,
+) -> Explanation:
     """Explain the pasted `text` for a file on a rig (None: GPUs of unknown size).
 
     `base` names the engine and its build; context, batch and cache types come from the line.
+    `measured_tps` is what the pasted line reached: both predictions are scaled by it.
 
     Raises:
-        UsageError: the text holds no flags at all.
+        UsageError: the text holds no flags at all, or a speed cannot calibrate an unknown rig.
     """
     pasted = parse_text(text)
     if not pasted.options:
@@ -104,7 +112,11 @@ def explain(text: str, file: StoredModel, rig: Rig | None, base: Settings) -> Ex
     findings += engine_findings(pasted, model, settings)
     findings += landing_findings(command, model, file.types, homes, where, names)
     findings += _room(file, uses, where)
-    better, why = _better(file, rig, settings, uses)
+    speed = predict(model, settings, machine, placement, file.types, where=where)
+    scale = calibration(measured_tps, speed) if measured_tps is not None else None
+    if scale is not None:
+        speed = predict(model, settings, machine, placement, file.types, where=where, scale=scale)
+    better, why = _better(file, rig, settings, uses, scale)
     findings += why
     gain = _gain(file, machine, settings, placement, where, better)
     return Explanation(
@@ -114,7 +126,7 @@ def explain(text: str, file: StoredModel, rig: Rig | None, base: Settings) -> Ex
         homes=where,
         devices=uses,
         holds=holds(model, machine, placement, where),
-        speed=predict(model, settings, machine, placement, file.types, where=where),
+        speed=speed,
         better=better,
         better_line=command_line(pasted, better.flags) if better else "",
         gain=gain,
@@ -226,7 +238,11 @@ def _room(file: StoredModel, uses: Sequence[DeviceUse], where: Mapping[str, str]
 
 
 def _better(
-    file: StoredModel, rig: Rig | None, settings: Settings, uses: Sequence[DeviceUse]
+    file: StoredModel,
+    rig: Rig | None,
+    settings: Settings,
+    uses: Sequence[DeviceUse],
+    scale: float | None,
 ) -> tuple[OffloadPlan | None, list[Finding]]:
     """A plan for the same file, rig and settings, with no more RAM than the pasted line uses."""
     if rig is None:
@@ -236,7 +252,7 @@ def _better(
         host = replace(host, capacity_bytes=uses[-1].used_bytes)
         rig = replace(rig, host=host, ram_reserve_bytes=rig.ram_reserve_bytes or 0)
     try:
-        return place(file, rig, settings), []
+        return place(file, rig, settings, scale=scale), []
     except InfeasibleBudget as err:
         return None, [Finding("error", f"no better line: {err}")]
 

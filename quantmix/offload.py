@@ -70,12 +70,15 @@ def stored(model: Model, engine: Engine, at: str | None = None) -> StoredModel:
     return StoredModel(model, chosen, sizes)
 
 
-def place(file: StoredModel, rig: Rig, settings: Settings) -> OffloadPlan:
+def place(
+    file: StoredModel, rig: Rig, settings: Settings, *, scale: float | None = None
+) -> OffloadPlan:
     """Return the fastest placement found for a file on a rig, with its proven flags.
 
     Everything on the GPUs when it fits. Else, for mixtures of experts, attention, dense parts and
     KV first, then whole layers' experts where they save most time per byte; for dense models (or
     when even that does not fit) the first layers go to RAM. Without RAM only the GPUs count.
+    `scale` calibrates the speed (`quantmix.speed.model.calibration`).
 
     Raises:
         InfeasibleBudget: it does not fit; names what is missing.
@@ -91,7 +94,7 @@ def place(file: StoredModel, rig: Rig, settings: Settings) -> OffloadPlan:
         flags,
         search.devices(placement),
         holds(file.model, rig, placement, where),
-        predict(file.model, settings, rig, placement, file.types),
+        predict(file.model, settings, rig, placement, file.types, scale=scale),
         tuple(f.text for f in wrong_devices(file.model, file.types, where)),
     )
 

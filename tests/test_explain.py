@@ -137,6 +137,19 @@ def test_the_better_line_fits_and_is_not_slower(line: str, file: object, build: 
     assert ("-fmoe" in tokens) == (build < "2025-10-25")
 
 
+def test_a_measured_speed_calibrates_both_lines() -> None:
+    """A measured speed is what the line gets; the better one moves in proportion."""
+    plain = explain(R1, r1(), his_rig(), THEN)
+    scaled = explain(R1, r1(), his_rig(), THEN, measured_tps=12.0)
+    assert plain.better is not None
+    assert scaled.better is not None
+    assert scaled.speed.tg_tps == pytest.approx(12.0)
+    ratio = 12.0 / (plain.speed.tg_tps or 1)
+    assert scaled.better.speed.tg_tps == pytest.approx((plain.better.speed.tg_tps or 0) * ratio)
+    with pytest.raises(UsageError, match="calibrate"):
+        explain(R1, r1(), None, THEN, measured_tps=12.0)
+
+
 def test_without_a_rig_it_still_tells_what_lands_where() -> None:
     """GPUs are counted from the line; sizes and a better line are missing, and it says so."""
     found = explain(R1, r1(), None, THEN)

@@ -60,6 +60,9 @@ def offload(
     lint: Annotated[
         str | None, typer.Option(help="Pasted command line or flags to explain.")
     ] = None,
+    measured: Annotated[
+        float | None, typer.Option(help="Tokens/s that the pasted line reached: calibrates.")
+    ] = None,
     as_json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
@@ -92,8 +95,11 @@ def offload(
         named = type_in_name(parse_text(lint).value("model") or "", settings.engine)
     file = stored(loaded, settings.engine, at or named)
     if lint is not None:
-        _explained(explain(lint, file, machine, settings), file, named, as_json, quiet)
+        found = explain(lint, file, machine, settings, measured_tps=measured)
+        _explained(found, file, named, as_json, quiet)
         return
+    if measured is not None:
+        raise UsageError("--measured is the speed of a pasted line: give it with --lint")
     if machine is None:
         raise UsageError("say which devices: --gpus, --rig or --vram, and --ram for what is behind")
     _placed(place(file, machine, settings), file, settings, as_json, quiet)

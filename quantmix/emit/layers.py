@@ -30,7 +30,7 @@ from quantmix.models.model import Model
 IK_SPLITS_BYTES: Final = "2025-12-01"  # ik_llama.cpp PRs 1022, 1065, 1476, 1498
 _Q8_0_ROW_512: Final = 544  # bytes of a q8_0 row of 512 weights
 # A boundary is kept away from the edges of what the rule accepts by this share of the window.
-_KEEP_OFF: Final = 0.2
+_KEEP_OFF: Final = 0.3
 _ENOUGH: Final = 0.5  # share of the window that must remain to satisfy both rules
 _TOTALS: Final = (100, 200, 500, 1000, 2000, 5000, 10_000, 100_000)
 
