@@ -55,7 +55,7 @@ def assemble(
     types = types_table(tensors, model)
     ruled = {p.name: p.type for p, t in zip(tensors, model.tensors, strict=True) if t.quantizable}
     rules = [r.text for r in build_rules(model.tensors, ruled)]
-    ftype = ftype_of({n: row["bytes"] for n, row in types.items()}, settings.engine)
+    ftype = ftype_of({n: row["bytes"] for n, row in types.items()}, settings.engine, model.arch)
     return Recipe(
         name=name,
         quantmix=quantmix.__version__,

@@ -68,9 +68,19 @@ _PRESETS: Final[dict[Engine, dict[str, str]]] = {
 }
 
 
-def ftype_of(bytes_by_type: Mapping[str, int], engine: Engine) -> str:
-    """Return the preset named after the type that holds most bytes, or the nearest in bpw."""
-    presets = _PRESETS[engine]
+# IQ3_KT's code looks at head counts, which ik does not read for an architecture it does not know:
+# llama-hparams.h aborts (ik-llama-cpp-python 0.1.5, tried with every preset above).
+_NEEDS_KNOWN_ARCH: Final = frozenset({"IQ3_KT"})
+_UNKNOWN_TO_IK: Final = frozenset({"deepseek32"})
+
+
+def ftype_of(bytes_by_type: Mapping[str, int], engine: Engine, arch: str = "") -> str:
+    """Return the preset named after the type that holds most bytes, or the nearest in bpw.
+
+    `arch` is the model's architecture: presets that abort for it are passed over.
+    """
+    passed = _NEEDS_KNOWN_ARCH if engine == "ik" and arch in _UNKNOWN_TO_IK else frozenset()
+    presets = {f: t for f, t in _PRESETS[engine].items() if f not in passed}
     quantized = {n: b for n, b in bytes_by_type.items() if ggml.get(n, engine).is_quantized}
     if not quantized:
         return "Q8_0"

@@ -61,3 +61,5 @@ def test_ftype_is_never_a_float_nor_one_that_demands_an_imatrix() -> None:
     assert ftype_of({"q4_K": 10}, "mainline") == "Q4_K_M"
     assert ftype_of({"iq2_xxs": 10}, "mainline") == "Q2_K"
     assert ftype_of({"f32": 1}, "ik") == "Q8_0"
+    assert ftype_of({"iq3_kt": 1}, "ik", "deepseek2") == "IQ3_KT"
+    assert ftype_of({"iq3_kt": 1}, "ik", "deepseek32") == "IQ3_XXS"  # IQ3_KT would abort
