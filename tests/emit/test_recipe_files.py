@@ -1,4 +1,4 @@
-"""Published recipe files of another tool resolve on every tensor and give the bpw in their names."""
+"""Published recipe files of another tool: every tensor resolved, the bpw of their names given."""
 
 from __future__ import annotations
 
