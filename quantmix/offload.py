@@ -17,7 +17,7 @@ from quantmix.memory import kv
 from quantmix.memory.model import HOST, DeviceMemory, Placement
 from quantmix.memory.plan import device_memory, is_tied
 from quantmix.memory.settings import Settings
-from quantmix.models.model import Model
+from quantmix.models.model import Model, Tensor
 from quantmix.placement import split_layers
 from quantmix.recipe import DeviceUse, Speed
 from quantmix.rig.device import Rig
@@ -25,6 +25,7 @@ from quantmix.speed.model import plan_seconds, predict
 from quantmix.units import gib
 
 _BOUNDARY_ROUNDS: Final = 2
+_CTX_STEP: Final = 256
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,24 @@ def place(
     )
 
 
+def place_longest(file: StoredModel, rig: Rig, settings: Settings) -> tuple[Settings, OffloadPlan]:
+    """Return the placement with the longest context that fits, up to the trained one.
+
+    Raises:
+        InfeasibleBudget: not even 256 tokens fit.
+    """
+    fits, top = 1, max(1, (file.model.hparams.ctx_train or 131072) // _CTX_STEP)
+    while fits < top:
+        middle = (fits + top + 1) // 2
+        longer = replace(settings, ctx=middle * _CTX_STEP)
+        if _Search(file, rig, longer).best() is None:
+            top = middle - 1
+        else:
+            fits = middle
+    chosen = replace(settings, ctx=fits * _CTX_STEP)
+    return chosen, place(file, rig, chosen)
+
+
 def device_uses(
     file: StoredModel,
     rig: Rig,
@@ -127,18 +146,29 @@ def holds(model: Model, rig: Rig, placement: Placement, where: Mapping[str, str]
     for device in rig.devices:
         index = HOST if device.kind == "host" else int(rig.gpus.index(device))
         mine = [t for t in model.tensors if where.get(t.name) == device.name]
-        layers: dict[str, set[int | None]] = {
+        layers: dict[str, set[int]] = {
             "attention and KV": {i for i, d in enumerate(blocks) if d == index},
-            "experts": {t.layer for t in mine if t.role.endswith("_exps")},
-            "dense FFN": {t.layer for t in mine if t.role == "ffn_down"},
+            **_expert_layers(model, mine),
+            "dense FFN": {t.layer for t in mine if t.role == "ffn_down" and t.layer is not None},
         }
-        parts = [
-            f"{label} of layers {ranges(i for i in some if i is not None)}"
-            for label, some in layers.items()
-            if some
-        ]
+        parts = [f"{label} of layers {ranges(some)}" for label, some in layers.items() if some]
         parts += [t.role for t in mine if t.role in ("output", "token_embd")]
         found[device.name] = "; ".join(parts) or "nothing"
+    return found
+
+
+def _expert_layers(model: Model, mine: Sequence[Tensor]) -> dict[str, set[int]]:
+    """Layers by which of their expert tensors are here: `experts` when all of them are."""
+    whole: dict[int, set[str]] = {}
+    here: dict[int, set[str]] = {}
+    for tensors, parts in ((model.tensors, whole), (mine, here)):
+        for t in tensors:
+            if t.role.endswith("_exps") and t.layer is not None:
+                parts.setdefault(t.layer, set()).add(t.role)
+    found: dict[str, set[int]] = {}
+    for layer, roles in here.items():
+        label = "experts" if roles == whole[layer] else " + ".join(sorted(roles))
+        found.setdefault(label, set()).add(layer)
     return found
 
 

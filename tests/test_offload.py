@@ -12,7 +12,7 @@ from quantmix.errors import InfeasibleBudget
 from quantmix.memory.model import HOST
 from quantmix.memory.settings import Settings
 from quantmix.models.sources import load_model
-from quantmix.offload import OffloadPlan, StoredModel, place, stored
+from quantmix.offload import OffloadPlan, StoredModel, holds, place, stored
 from quantmix.rig.device import Rig
 from quantmix.rig.rigs import parse_gpus
 
@@ -112,3 +112,14 @@ def test_what_does_not_fit_says_what_is_missing(gpus: str, ram: str | None) -> N
     with pytest.raises(InfeasibleBudget, match=r"needs about .* give more --gpus") as err:
         place(file_of("deepseek-r1", "iq2_ks"), rig_of(gpus, ram), Settings())
     assert "\n" not in str(err.value)
+
+
+def test_parts_of_experts_are_named_where_they_lie() -> None:
+    """A layer whose down experts alone are on a device is not called `experts`."""
+    file = file_of("qwen3-235b-a22b", "q4_K")
+    rig = rig_of("1x96G", "256G")
+    placement = place(file, rig, Settings()).placement
+    where = {t.name: "CPU" if "ffn_down_exps" in t.name else "GPU0" for t in file.model.tensors}
+    text = holds(file.model, rig, placement, where)
+    assert text["CPU"] == "ffn_down_exps of layers 0-93"
+    assert "ffn_gate_exps + ffn_up_exps of layers 0-93" in text["GPU0"]

@@ -11,8 +11,9 @@ from quantmix.cli.common import JsonFlag, QuietFlag, answer_errors, console, pri
 if TYPE_CHECKING:
     from quantmix.explain import Explanation
     from quantmix.memory.settings import Settings
+    from quantmix.models.model import Model
     from quantmix.offload import OffloadPlan, StoredModel
-    from quantmix.rig.device import Rig
+    from quantmix.request import Request
 
 
 def register(app: typer.Typer) -> None:
@@ -38,7 +39,9 @@ def offload(
     ram: Annotated[str | None, typer.Option(help="Installed RAM; without it, GPUs only.")] = None,
     ram_reserve: Annotated[str | None, typer.Option(help="RAM to leave alone.")] = None,
     reserve: Annotated[str | None, typer.Option(help="Bytes to leave alone on every GPU.")] = None,
-    desktop: Annotated[bool, typer.Option(help="The first GPU also drives a desktop.")] = False,
+    desktop: Annotated[
+        bool, typer.Option("--desktop", help="The first GPU also drives a desktop.")
+    ] = False,
     at: Annotated[
         str | None, typer.Option(help="Take every matrix at this type (models without a file).")
     ] = None,
@@ -46,16 +49,19 @@ def offload(
     engine_build: Annotated[
         str | None, typer.Option(help="Date of the engine build, e.g. 2025-06-16.")
     ] = None,
-    ctx: Annotated[int, typer.Option(help="Context, all slots together.")] = 32768,
+    ctx: Annotated[str, typer.Option(help="Context over all slots: 32768, 32k, or max.")] = "32768",
     ctk: Annotated[str, typer.Option(help="Type of the K cache.")] = "f16",
-    ctv: Annotated[str, typer.Option(help="Type of the V cache.")] = "f16",
-    ubatch: Annotated[int, typer.Option(help="-ub")] = 512,
-    batch: Annotated[int, typer.Option(help="-b")] = 2048,
+    ctv: Annotated[
+        str | None, typer.Option(help="Type of the V cache (default: f16, or --ctk for MLA).")
+    ] = None,
+    ubatch: Annotated[int | None, typer.Option(help="Physical batch (default 512).")] = None,
+    batch: Annotated[int | None, typer.Option(help="Logical batch (default 2048).")] = None,
+    profile: Annotated[str | None, typer.Option(help="prompt or generate: chooses ubatch.")] = None,
     parallel: Annotated[int, typer.Option(help="Server slots.")] = 1,
     mla: Annotated[int, typer.Option(help="ik's -mla for latent attention.")] = 3,
     amb: Annotated[int, typer.Option(help="ik's -amb in MiB.")] = 256,
-    nkvo: Annotated[bool, typer.Option(help="KV cache in RAM.")] = False,
-    mtp: Annotated[bool, typer.Option(help="Load and run the MTP block (ik).")] = False,
+    nkvo: Annotated[bool, typer.Option("--nkvo", help="KV cache in RAM.")] = False,
+    mtp: Annotated[bool, typer.Option("--mtp", help="Load and run the MTP block (ik).")] = False,
     layout: Annotated[str | None, typer.Option(help="MLA layout: split, ik or legacy.")] = None,
     lint: Annotated[
         str | None, typer.Option(help="Pasted command line or flags to explain.")
@@ -67,71 +73,86 @@ def offload(
     quiet: QuietFlag = False,
 ) -> None:
     """Parse, call, print."""
-    from quantmix.budget import make_settings
-    from quantmix.emit.cmdline import parse_text
     from quantmix.errors import UsageError
-    from quantmix.explain import explain, type_in_name
     from quantmix.models.sources import load_model
-    from quantmix.offload import place, stored
+    from quantmix.request import Request
 
-    settings = make_settings(
+    if measured is not None and lint is None:
+        raise UsageError("--measured is the speed of a pasted line: give it with --lint")
+    loaded = load_model(model, layout=layout)
+    request = Request(
+        model=model,
+        gpus=gpus,
+        rig=rig,
+        vram=vram,
+        ram=ram,
+        ram_reserve=ram_reserve,
+        reserve=reserve,
+        desktop=desktop,
         engine=engine,
-        build=engine_build,
+        engine_build=engine_build,
         ctx=ctx,
         ctk=ctk,
         ctv=ctv,
         ubatch=ubatch,
         batch=batch,
+        profile=profile,
         parallel=parallel,
         mla=mla,
         amb=amb,
         nkvo=nkvo,
         mtp=mtp,
+        layout=layout,
     )
-    machine = _rig(gpus, rig, vram, ram, ram_reserve, reserve, desktop)
-    loaded = load_model(model, layout=layout)
-    named = None
-    if lint is not None and at is None and loaded.header_bytes is None:
-        named = type_in_name(parse_text(lint).value("model") or "", settings.engine)
-    file = stored(loaded, settings.engine, at or named)
     if lint is not None:
-        found = explain(lint, file, machine, settings, measured_tps=measured)
-        _explained(found, file, named, as_json, quiet)
-        return
-    if measured is not None:
-        raise UsageError("--measured is the speed of a pasted line: give it with --lint")
-    if machine is None:
-        raise UsageError("say which devices: --gpus, --rig or --vram, and --ram for what is behind")
-    _placed(place(file, machine, settings), file, settings, as_json, quiet)
-
-
-def _rig(
-    gpus: str | None,
-    rig: str | None,
-    vram: str | None,
-    ram: str | None,
-    ram_reserve: str | None,
-    reserve: str | None,
-    desktop: bool,
-) -> Rig | None:
-    """The rig of exactly one of the three flags, None when none was given."""
-    from quantmix.budget import with_ram
-    from quantmix.errors import UsageError
-    from quantmix.rig.rigs import ideal_rig, load_rig, parse_gpus
-    from quantmix.units import parse_size
-
-    given = [x for x in (gpus, rig, vram) if x is not None]
-    if len(given) > 1:
-        raise UsageError("give one of --gpus, --rig and --vram, not several")
-    if not given:
-        return None
-    if gpus is not None:
-        base = parse_gpus(gpus)
-    elif rig is not None:
-        base = load_rig(rig)
+        _lint(loaded, request, lint, at, measured, as_json, quiet)
     else:
-        base = ideal_rig(parse_size(given[0], "--vram"))
-    return with_ram(base, ram, ram_reserve, reserve, desktop)
+        _place(loaded, request, at, as_json, quiet)
+
+
+def _place(loaded: Model, request: Request, at: str | None, as_json: bool, quiet: bool) -> None:
+    from quantmix.offload import place, place_longest, stored
+    from quantmix.request import budget_of, parse_ctx
+
+    budget, _ = budget_of(request, is_mla=loaded.hparams.is_mla)
+    assert budget.rig is not None
+    settings = budget.settings
+    file = stored(loaded, settings.engine, at)
+    if parse_ctx(request.ctx) is None:
+        settings, plan = place_longest(file, budget.rig, settings)
+    else:
+        plan = place(file, budget.rig, settings)
+    _placed(plan, file, settings, as_json, quiet)
+
+
+def _lint(
+    loaded: Model,
+    request: Request,
+    text: str,
+    at: str | None,
+    measured: float | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    from dataclasses import replace
+
+    from quantmix.emit.cmdline import parse_text
+    from quantmix.explain import explain, type_in_name
+    from quantmix.offload import stored
+    from quantmix.request import budget_of
+
+    known = any((request.gpus, request.rig, request.vram))
+    budget, _ = budget_of(
+        request if known else replace(request, vram="1G"), is_mla=loaded.hparams.is_mla
+    )
+    engine = budget.settings.engine
+    named = None
+    if at is None and loaded.header_bytes is None:
+        named = type_in_name(parse_text(text).value("model") or "", engine)
+    file = stored(loaded, engine, at or named)
+    machine = budget.rig if known else None
+    found = explain(text, file, machine, budget.settings, measured_tps=measured)
+    _explained(found, file, named, as_json, quiet)
 
 
 def _placed(

@@ -30,6 +30,16 @@ def test_a_placement_as_json() -> None:
     assert doc["offload"]["env"]["CUDA_VISIBLE_DEVICES"] == "0"
 
 
+def test_the_longest_context_that_fits() -> None:
+    """--ctx max opens as much as the card holds, a multiple of 256; 32k is read as 32768."""
+    args = ("llama-3.1-8b", "--at", "q8_0", "--json", "--gpus")
+    longest = json.loads(run(*args, "1x16G", "--ctx", "max").stdout)["settings"]["ctx"]
+    assert longest % 256 == 0
+    assert 16384 < longest < 131072
+    assert run(*args, "1x16G", "--ctx", str(longest + 256)).exit_code == 3
+    assert json.loads(run(*args, "1x24G", "--ctx", "32k").stdout)["settings"]["ctx"] == 32768
+
+
 def test_the_line_to_copy_is_all_of_stdout() -> None:
     """Tables go to stderr, the command line to stdout."""
     result = run("llama-3.1-8b", "--at", "q8_0", "--gpus", "1x24G")
@@ -62,8 +72,8 @@ def test_pasted_flags_as_text_name_the_assumed_type() -> None:
     ("args", "code", "said"),
     [
         (("deepseek-r1", "--at", "iq4_ks", "--gpus", "1x24G"), 3, "needs about"),
-        (("deepseek-r1",), 2, "say which devices"),
-        (("deepseek-r1", "--gpus", "1x24G", "--vram", "24G"), 2, "one of"),
+        (("deepseek-r1",), 2, "one budget"),
+        (("deepseek-r1", "--gpus", "1x24G", "--vram", "24G"), 2, "one budget"),
         (("deepseek-r1", "--gpus", "1x24G", "--measured", "9"), 2, "--lint"),
         (("nobody-knows", "--gpus", "1x24G"), 2, "unknown model"),
         (("deepseek-r1", "--lint", "hello"), 2, "no flags"),
