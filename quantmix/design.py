@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -319,3 +321,17 @@ def slug(label: str) -> str:
 
 
 __all__ = ["Design", "Options", "design", "run"]
+
+
+class _CallableModule(ModuleType):
+    """Lets `quantmix.design(...)` be the function although `quantmix.design` is also this module.
+
+    Importing a submodule binds its name in the package, over any function of the same name; the
+    public call (CONTRACT §3) and the module's name (DESIGN §2) are both promised.
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Recipe:
+        return design(*args, **kwargs)
+
+
+sys.modules[__name__].__class__ = _CallableModule

@@ -129,7 +129,8 @@ def parse(log: str, program: Program) -> DryRun:
     row_size = engine_row_size() if program.origin == "ik-llama-cpp-python" else None
     found: dict[str, DryTensor] = {}
     starts = list(_RECORD.finditer(log))
-    for here, following in zip(starts, [*starts[1:], None], strict=True):
+    ends = [*starts[1:], None][: len(starts)]
+    for here, following in zip(starts, ends, strict=True):
         body = log[here.end() : following.start() if following else len(log)]
         found[here["name"]] = _tensor(here, body, row_size)
     total = _TOTAL.search(log)
@@ -182,4 +183,6 @@ def engine_row_size() -> Any:
 
 def _last_words(log: str) -> str:
     lines = [line.strip() for line in log.splitlines() if line.strip()]
-    return " | ".join(lines[-3:]) or "it printed nothing"
+    # After an assert the engine lets gdb print a long backtrace: the assert is what it said.
+    said = [line for line in lines if re.search(r"GGML_ASSERT|GGML_ABORT|failed to|error:", line)]
+    return " | ".join((said or lines)[-3:]) or "it printed nothing"

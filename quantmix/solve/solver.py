@@ -2,8 +2,9 @@
 
 1. Prices and a lower bound from the dual (`bound.py`), milliseconds.
 2. A feasible choice: the dual's own, then every upgrade that still fits, best first.
-3. Pool by pool, dynamic programming over the undecided groups (`core.py`).
-4. If the gap is still too wide: reduced-cost fixing. An option whose reduced cost exceeds
+3. Pool by pool, dynamic programming over the undecided groups (`core.py`); if the gap is still too
+   wide, the large groups are enumerated against the convex curve of the small (`tighten.py`).
+4. If that does not do either: reduced-cost fixing. An option whose reduced cost exceeds
    (choice - bound) cannot be in a better answer (Dantzig; Pisinger's core). What stays, a few
    options of some groups, goes to HiGHS.
 5. Upgrades again, so that no single one that lowers the cost still fits.
@@ -30,8 +31,9 @@ from quantmix.solve.bound import (
 )
 from quantmix.solve.core import improve_pool
 from quantmix.solve.problem import FloatArray, IntArray, Problem, Solution
+from quantmix.solve.tighten import tighten
 
-_STATES = (300, 2000)
+_STATES = (150, 600)
 """States kept by the dynamic programme in its passes: a quick one, then a thorough one."""
 
 _CORE_LIMIT = 6000
@@ -47,18 +49,32 @@ class Limits:
     seconds: float = 3.0
 
 
+_ROUGH = Limits(gap=1.0, seconds=0.0)  # the bound and some choice, nothing more
+
+
 def solve(problem: Problem, limits: Limits | None = None) -> Solution:
     """Return the best choice found and a bound that proves how good it is.
 
-    Every level z is a problem of its own; the bound is the least of theirs.
+    Every level z is a problem of its own; the bound is the least of theirs. The largest comes
+    first (it allows every option), then the most promising; a level whose bound is no better than
+    the best answer is not solved to the end.
     """
     limits = limits or Limits()
     best: Solution | None = None
     lowest = np.inf
     short: Solution | None = None
-    for z, capacity in zip(problem.levels, problem.capacities, strict=True):
-        cost = np.where(problem.level <= z, problem.cost, np.inf)
-        found = _solve_level(cost, problem.use, capacity, limits, int(z))
+    waiting = [int(i) for i in np.argsort(-problem.levels, kind="stable")]
+    bounds = dict.fromkeys(waiting, -np.inf)
+    while waiting:
+        i = min(waiting, key=lambda k: (bounds[k], waiting.index(k)))
+        waiting.remove(i)
+        cutoff = np.inf if best is None else best.objective * (1 - limits.gap / 2)
+        if bounds[i] >= cutoff:
+            lowest = min(lowest, bounds[i])
+            continue
+        cost = np.where(problem.level <= problem.levels[i], problem.cost, np.inf)
+        capacity = problem.capacities[i]
+        found = _solve_level(cost, problem.use, capacity, limits, int(problem.levels[i]), cutoff)
         if found.status == "infeasible":
             if short is None or found.shortfall.sum() < short.shortfall.sum():
                 short = found
@@ -66,6 +82,10 @@ def solve(problem: Problem, limits: Limits | None = None) -> Solution:
         lowest = min(lowest, found.lower_bound)
         if best is None or found.objective < best.objective:
             best = found
+        for k in waiting:
+            other = np.where(problem.level <= problem.levels[k], problem.cost, np.inf)
+            value = lagrangian(other, problem.use, problem.capacities[k], found.prices)
+            bounds[k] = max(bounds[k], value)
     if best is None:
         assert short is not None, "a problem has at least one level"
         return short
@@ -104,18 +124,23 @@ def relax(problem: Problem) -> Relaxed | None:
 
 
 def _solve_level(
-    cost: FloatArray, use: FloatArray, capacity: FloatArray, limits: Limits, level: int
+    cost: FloatArray,
+    use: FloatArray,
+    capacity: FloatArray,
+    limits: Limits,
+    level: int,
+    cutoff: float = np.inf,
 ) -> Solution:
-    """Solve for one value of z."""
+    """Solve for one value of z; once its bound reaches `cutoff` any choice will do."""
     if not np.isfinite(cost).any(axis=1).all():
         return _infeasible(cost, use, capacity, level)
     limited = np.isfinite(capacity)
     if limited.any() and not limited.all():
-        part = _solve_level(cost, use[limited], capacity[limited], limits, level)
+        part = _solve_level(cost, use[limited], capacity[limited], limits, level, cutoff)
         return _with_free_pools(part, use, limited)
     owner = _owners(cost, use)
     if owner is not None and len(np.unique(owner)) > 1:
-        return _separately(cost, use, capacity, owner, limits, level)
+        return _separately(cost, use, capacity, owner, limits, level, cutoff)
     start = _dual(cost, use, capacity)
     if start is None:
         return _infeasible(cost, use, capacity, level)
@@ -126,9 +151,16 @@ def _solve_level(
         if choice is None:
             return _infeasible(cost, use, capacity, level)
     choice = fill(cost, use, capacity, choice, prices)
+    if bound >= cutoff:
+        objective = _total(cost, choice)
+        used = usage(use, choice)
+        return Solution("feasible", choice, objective, bound, prices, used, level)
     enough = limits.gap * max(bound, 0.0)
     choice = _by_pools(cost, use, capacity, choice, prices, bound, enough)
     objective = _total(cost, choice)
+    if limits.seconds > 0 and len(capacity) == 1 and objective - bound > limits.gap * objective:
+        choice, bound = _tightened(cost, use, capacity, choice, prices, bound)
+        objective = _total(cost, choice)
     if limits.seconds > 0 and objective - bound > limits.gap * abs(objective):
         better, proven = _exact(cost, use, capacity, prices, bound, choice, limits)
         bound = max(bound, min(proven, objective))
@@ -137,6 +169,36 @@ def _solve_level(
             if _total(cost, better) < objective:
                 choice, objective = better, _total(cost, better)
     return Solution("feasible", choice, objective, bound, prices, usage(use, choice), level)
+
+
+def _tightened(
+    cost: FloatArray,
+    use: FloatArray,
+    capacity: FloatArray,
+    choice: IntArray,
+    prices: FloatArray,
+    bound: float,
+) -> tuple[IntArray, float]:
+    """Enumerate the large groups of a pool: a better bound, and often a better choice."""
+    left = float(capacity[0] - usage(use, choice)[0])
+    tight = tighten(cost, use[0], left, choice, float(prices[0]))
+    if tight is None:
+        return choice, bound
+    small = np.setdiff1d(np.arange(len(choice)), tight.large)
+    for large in tight.candidates:
+        taken = float(use[0][tight.large, large].sum())
+        rest = np.array([capacity[0] - taken])
+        if not _least_fits(cost[small], use[:, small], rest):
+            continue
+        part = _solve_level(cost[small], use[:, small], rest, Limits(gap=1e-6, seconds=0.0), 0)
+        if part.status == "infeasible":
+            continue
+        whole = choice.copy()
+        whole[tight.large], whole[small] = large, part.choice
+        whole = fill(cost, use, capacity, whole, prices)
+        if _total(cost, whole) < _total(cost, choice):
+            choice = whole
+    return choice, max(bound, min(tight.lower_bound, _total(cost, choice)))
 
 
 def _owners(cost: FloatArray, use: FloatArray) -> IntArray | None:
@@ -155,8 +217,13 @@ def _separately(
     owner: IntArray,
     limits: Limits,
     level: int,
+    cutoff: float,
 ) -> Solution:
     """Solve every pool on its own when no group uses two; the bounds add up."""
+    if limits.seconds > 0 and np.isfinite(cutoff):
+        quick = _separately(cost, use, capacity, owner, _ROUGH, level, np.inf)
+        if quick.status == "infeasible" or quick.lower_bound >= cutoff:
+            return quick
     n_groups, n_pools = len(cost), len(capacity)
     choice = np.zeros(n_groups, dtype=np.int64)
     prices, shortfall = np.zeros(n_pools), np.zeros(n_pools)

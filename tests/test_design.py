@@ -1,0 +1,231 @@
+"""The main job: designs that fit, are proven, and keep their hard rules."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import quantmix as qm
+from quantmix.budget import Budget
+from quantmix.design import Options, run
+from quantmix.errors import InfeasibleBudget, UnknownName, UsageError
+from quantmix.models.model import Model
+from quantmix.palette import TypeLimits
+from quantmix.recipe import Recipe
+from quantmix.units import GIB
+
+
+@pytest.fixture(scope="module")
+def r1() -> Model:
+    """DeepSeek-R1 from the catalog."""
+    return qm.load_model("deepseek-r1")
+
+
+@pytest.fixture(scope="module")
+def small() -> Model:
+    """A model that designs in no time."""
+    return qm.load_model("qwen3-0.6b")
+
+
+@pytest.fixture(scope="module")
+def recipe(r1: Model) -> Recipe:
+    """The recipe of the mission."""
+    return qm.design(r1, Budget.from_vram("192G"))
+
+
+def test_it_fits_and_uses_what_there_is(recipe: Recipe) -> None:
+    """192 GiB hold everything, and nearly all of it is used."""
+    gpu = recipe.devices[0]
+    assert gpu.capacity_bytes == 192 * GIB
+    assert 0.998 * 192 * GIB < gpu.used_bytes <= 192 * GIB
+    assert gpu.free_bytes == gpu.capacity_bytes - gpu.used_bytes
+
+
+def test_every_tensor_is_planned_and_sums_agree(recipe: Recipe, r1: Model) -> None:
+    """Tensors, types and sizes of the recipe add up to each other."""
+    assert [t.name for t in recipe.tensors] == [t.name for t in r1.tensors]
+    total = sum(t.bytes for t in recipe.tensors)
+    assert total == recipe.size.tensor_bytes == sum(r["bytes"] for r in recipe.types.values())
+    assert recipe.size.bpw == pytest.approx(8 * total / r1.n_elements)
+    on_gpu = sum(t.bytes for t in recipe.tensors if t.device == "GPU0")
+    assert on_gpu == recipe.devices[0].weights_bytes
+
+
+def test_the_gap_is_proven(recipe: Recipe) -> None:
+    """The objective is the damage, and no mix is better by more than one part in 10,000."""
+    o = recipe.optimality
+    assert o.objective == recipe.quality.damage
+    assert 0 <= o.gap <= 1e-4
+    assert o.lower_bound <= o.objective
+    assert o.prices["GPU0"] > 0
+
+
+def test_a_prediction_is_never_a_bare_number(recipe: Recipe) -> None:
+    """PPL comes with its base, an interval and its basis."""
+    q = recipe.quality
+    assert q.ppl is not None
+    assert q.ppl_low is not None
+    assert q.ppl_high is not None
+    assert q.ppl_low < q.ppl < q.ppl_high
+    assert q.basis in ("prior", "calibrated", "measured")
+
+
+def test_up_and_gate_share_a_type(recipe: Recipe) -> None:
+    """Fused experts need one type per layer."""
+    types = {t.name: t.type for t in recipe.tensors}
+    for name, qtype in types.items():
+        if "ffn_up" in name:
+            assert types[name.replace("ffn_up", "ffn_gate")] == qtype
+
+
+def test_the_embedding_stays_in_ram(recipe: Recipe) -> None:
+    """token_embd lies on the host and takes the best type for free."""
+    embedding = next(t for t in recipe.tensors if t.name == "token_embd.weight")
+    assert embedding.device == "CPU"
+    assert embedding.type == "q8_0"
+
+
+def test_no_single_upgrade_still_fits(r1: Model) -> None:
+    """The design is maximal: every option that lowers damage needs more than what is free."""
+    found = run(r1, Budget.from_vram("192G"), Options())
+    p, s = found.problem, found.solution
+    rows = np.arange(len(p.groups))
+    left = p.capacities[0] - p.use[:, rows, s.choice].sum(axis=1)
+    better = p.cost < p.cost[rows, s.choice][:, None]
+    extra = p.use - p.use[:, rows, s.choice][:, :, None]
+    fits = (extra <= left[:, None, None]).all(axis=0)
+    assert not (better & fits).any()
+
+
+def test_only_the_types_asked_for_are_used(r1: Model) -> None:
+    """--types limits the mix; fallbacks on rows of 128 are named."""
+    names = ("iq1_s_r4", "iq2_kt", "iq4_ks", "q8_0")
+    limits = TypeLimits(types=names)
+    made = run(r1, Budget.from_vram("192G"), Options(limits=limits)).recipe
+    used = {t.type for t in made.tensors} - {"f32"}
+    outside = used - set(names)
+    assert outside <= {"iq4_nl"}
+    assert {t.role for t in made.tensors if t.type in outside} <= {"attn_k_b"}
+    if outside:
+        assert any("iq4_nl" in w for w in made.quality.warnings)
+
+
+def test_damage_never_rises_with_the_budget(r1: Model) -> None:
+    """More memory never predicts a worse model, and at last everything is at its best type."""
+    last = np.inf
+    recipe = None
+    for size in (130, 160, 200, 280, 400, 560, 690, 900):
+        recipe = qm.design(r1, Budget.from_vram(f"{size}G"))
+        assert recipe.quality.damage <= last * (1 + 1e-4)
+        last = recipe.quality.damage
+    assert recipe is not None
+    assert set(recipe.types) == {"q8_0", "f32"}
+    assert (recipe.devices[0].free_bytes or 0) > 100 * GIB
+
+
+def test_an_impossible_budget_names_the_smallest_that_works(r1: Model) -> None:
+    """100 GiB cannot hold R1; the suggestion works, one percent less does not."""
+    with pytest.raises(InfeasibleBudget, match="--vram") as caught:
+        qm.design(r1, Budget.from_vram("100G"))
+    size = float(str(caught.value).rsplit("--vram ", 1)[1].removesuffix("G"))
+    assert qm.design(r1, Budget.from_vram(f"{size}G")).devices[0].used_bytes <= size * GIB
+    with pytest.raises(InfeasibleBudget):
+        qm.design(r1, Budget.from_vram(f"{size * 0.99:.2f}G"))
+
+
+def test_pins_and_floors_hold(small: Model) -> None:
+    """A pin fixes a type, a floor forbids worse ones, both are listed."""
+    limits = TypeLimits(
+        pins=((r"attn_v\.weight$", "q8_0"),), floors=((r"ffn_down\.weight$", "iq4_k"),)
+    )
+    made = run(small, Budget.from_size("3.2bpw"), Options(limits=limits)).recipe
+    assert {t.type for t in made.tensors if t.role == "attn_v"} == {"q8_0"}
+    from quantmix.ggml.types import get
+
+    assert all(get(t.type).bpw >= 4 for t in made.tensors if t.role == "ffn_down")
+    assert any("pin" in c for c in made.optimality.constraints)
+    assert any("floor" in c for c in made.optimality.constraints)
+
+
+@pytest.mark.parametrize(
+    ("limits", "error", "words"),
+    [
+        (TypeLimits(types=("q6_k",)), UnknownName, "q6_K"),
+        (TypeLimits(types=("q8_1",)), UsageError, "q8_1"),
+        (TypeLimits(pins=(("nosuch", "q8_0"),)), UsageError, "matches no"),
+        (TypeLimits(pins=(("(", "q8_0"),)), UsageError, "regular expression"),
+        (TypeLimits(pins=(("ffn_down", "nope"),)), UnknownName, "nope"),
+        (TypeLimits(types=("iq2_xxs",), imatrix=False), UsageError, "imatrix"),
+    ],
+)
+def test_limits_that_make_no_sense_are_answered(
+    small: Model, limits: TypeLimits, error: type[Exception], words: str
+) -> None:
+    """Each wrong type, pin or regex gets a message that names it."""
+    with pytest.raises(error, match=words):
+        run(small, Budget.from_size("4bpw"), Options(limits=limits))
+
+
+def test_a_size_is_a_hard_cap(small: Model) -> None:
+    """--size never gives a larger file, in bits per weight or in bytes."""
+    made = qm.design(small, Budget.from_size("4.25bpw"))
+    assert 4.2 < made.size.bpw <= 4.25
+    made = qm.design(small, Budget.from_size("400M"))
+    assert made.size.file_bytes <= 400 * 2**20
+    with pytest.raises(InfeasibleBudget, match="--size"):
+        qm.design(small, Budget.from_size("0.5bpw"))
+
+
+def test_two_cards_hold_the_model_without_overrides(r1: Model) -> None:
+    """2x RTX PRO 6000: fully resident, split by -ts alone, each card within its real bytes."""
+    made = qm.design(r1, Budget.from_gpus("2xrtx-pro-6000"))
+    assert "-ot" not in made.offload["flags"]
+    assert "-ts" in made.offload["flags"]
+    for gpu in made.devices[:2]:
+        assert gpu.capacity_bytes == 97887 * 2**20
+        assert gpu.used_bytes <= gpu.capacity_bytes
+    assert {t.device for t in made.tensors if t.layer is not None} == {"GPU0", "GPU1"}
+    assert made.speed.tg_tps is not None
+
+
+@pytest.mark.parametrize("engine", ["ik", "mainline"])
+def test_ram_behind_a_card_takes_cpu_friendly_types(r1: Model, engine: str) -> None:
+    """Experts in RAM decode fast there; what lives on the GPU has a CUDA kernel."""
+    from quantmix.ggml.types import get
+
+    made = qm.design(r1, Budget.from_gpus("1x24G", ram="256G", engine=engine))
+    for t in made.tensors:
+        qtype = get(t.type, made.engine.name)  # type: ignore[arg-type]
+        if t.device == "GPU0":
+            assert qtype.cuda
+        elif "_exps" in t.role:
+            assert not qtype.slow_cpu
+    assert any(t.device == "CPU" and "_exps" in t.role for t in made.tensors)
+    for d in made.devices:
+        assert d.capacity_bytes is not None
+        assert d.used_bytes <= d.capacity_bytes
+
+
+def test_a_recipe_survives_its_own_json(recipe: Recipe) -> None:
+    """Written and read again, a recipe is the same."""
+    again = Recipe.from_json(json.loads(json.dumps(recipe.to_json())))
+    assert again.to_json() == recipe.to_json()
+
+
+def test_two_runs_write_the_same_files(small: Model, tmp_path: Path) -> None:
+    """Everything but `created` is equal to the byte."""
+    budget = Budget.from_vram("6G")
+    for folder in ("a", "b"):
+        made = replace(qm.design(small, budget), created="then")
+        made.save(tmp_path / folder / "x")
+    files = sorted(p.name for p in (tmp_path / "a" / "x").iterdir())
+    assert "recipe.json" in files
+    assert "memory.png" in files
+    for name in files:
+        assert (tmp_path / "a" / "x" / name).read_bytes() == (
+            tmp_path / "b" / "x" / name
+        ).read_bytes(), name
