@@ -26,6 +26,8 @@ _MODULES = (
     "imatrix",
     "verify",
     "measure",
+    "batch",
+    "predict",
     "clone",
     "diff",
     "offload",

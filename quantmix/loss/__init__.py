@@ -18,9 +18,19 @@ def load(
 ) -> LossModel:
     """Return the best loss model known for `model`.
 
+    Own `measurements` (what `quantmix measure` writes) where given; else the prior, calibrated on
+    the published measurements of the model where there are any. The same type means the same
+    rounding in both engines, so `engine` only decides which types will be asked for.
+
     Raises:
         BadFile: `measurements` cannot be read.
+        UsageError: they were made around a quantized mix.
     """
-    from quantmix.loss.prior import PriorModel
+    if measurements is not None:
+        from quantmix import measurements as files
+        from quantmix.loss.measured import MeasuredModel
 
-    return PriorModel.of(model, engine=engine, imatrix=imatrix)
+        return MeasuredModel.of(model, files.load(measurements), imatrix=imatrix)
+    from quantmix.loss.predictor import FittedModel
+
+    return FittedModel.of(model, imatrix=imatrix)

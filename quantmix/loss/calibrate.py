@@ -1,0 +1,221 @@
+"""Regularised least squares on ln PPL: what published and own measurements say of one model.
+
+The parameters of `response` have Gaussian priors (params.json, fitted over models); the noise of
+a row is
+
+    sd² = sd_row² + mid² · y + (form · y)² + (unknown · y)²
+
+sd_row from the row's own error and the repeatability of paired runs, `mid` for what averages out
+as damage grows, `form` for what the model's form cannot express in proportion, `unknown` when only
+the size of the mix is known (times the number of such rows: mixes of one author share what makes
+them unusual, so all together say as much as one). Residuals weigh as under Student's t (5 degrees
+of freedom), so that one broken row does not bend the fit. The posterior covariance goes into the
+interval of every prediction.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+import numpy as np
+
+from quantmix.loss import features, response
+from quantmix.loss.model import FloatArray
+
+_NU = 5.0
+_MAX_STEPS = 60
+
+
+@dataclass(frozen=True, slots=True)
+class Hyper:
+    """Hyper-parameters, all fitted by `python -m quantmix.loss.fit` (params.json)."""
+
+    power: float
+    ln_onset: float
+    ln_onset_sd: float
+    tilt_sd: float
+    group_sd: float
+    type_sd: float
+    row_sd: float
+    form: float
+    mid: float
+    unknown_mix: float
+    quantiles: tuple[float, float]
+    quantiles_prior: tuple[float, float]
+    no_imatrix: float
+    moe_ln_scale: float
+    moe_ln_scale_sd: float
+    dense_ln_scale: float
+    dense_size_slope: float
+    dense_ln_scale_sd: float
+    size_curve: tuple[float, ...]
+
+
+@cache
+def hyper(without: str = "") -> Hyper:
+    """Return the shipped hyper-parameters, or those fitted `without` a model of that id."""
+    doc = json.loads((files("quantmix.loss") / "params.json").read_text(encoding="utf-8"))
+    raw: dict[str, Any] = {**doc["hyper"], **doc["without"].get(without, {})}
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
+    return Hyper(**values)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One measured mix as the fit sees it.
+
+    Attributes:
+        id: label for people.
+        w: features, shape (N_GROUPS, n_columns).
+        ln_ppl: measured.
+        bpw: bits per weight of the whole file.
+        exact: False when only the size is known and `w` stands for a typical mix of that size.
+    """
+
+    id: str
+    w: FloatArray
+    ln_ppl: float
+    bpw: float
+    exact: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Prior:
+    """Gaussian prior of the parameter vector: mean and standard deviation."""
+
+    mean: FloatArray
+    sd: FloatArray
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """Fitted parameters: mean, covariance, and how many rows stand behind them."""
+
+    theta: FloatArray
+    covariance: FloatArray
+    n_rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """ln PPL of one mix: centre, additive damage, rise over the base, and its uncertainty.
+
+    `relative` is the sd of ln rise, `edge` the sd in ln PPL of base and row.
+    """
+
+    ln_ppl: float
+    damage: float
+    rise: float
+    relative: float
+    edge: float
+
+    @property
+    def sd(self) -> float:
+        """Standard deviation of ln PPL."""
+        return float(np.hypot(self.relative * self.rise, self.edge))
+
+    def bounds(self, quantiles: tuple[float, float]) -> tuple[float, float]:
+        """Return the interval of ln PPL, `quantiles` standard deviations wide.
+
+        Parameter, form and low-bit uncertainty act on ln rise, so the rise lies in y · e^±s with
+        the first quantile; the noise of base and row is added in squares with the second.
+        """
+        edge = (quantiles[1] * self.edge) ** 2
+        reach = min(quantiles[0] * self.relative, 20.0)
+        down = (self.rise * float(np.expm1(-reach))) ** 2
+        up = (self.rise * float(np.expm1(reach))) ** 2
+        return self.ln_ppl - float(np.sqrt(down + edge)), self.ln_ppl + float(np.sqrt(up + edge))
+
+
+def ln_scale_prior(n_elements: int, is_moe: bool, h: Hyper) -> tuple[float, float]:
+    """Return mean and sd of k for a model of that size: dense models lose more when small."""
+    if is_moe:
+        return h.moe_ln_scale, h.moe_ln_scale_sd
+    size = np.log(27e9 / max(n_elements, 10**7))
+    return h.dense_ln_scale + h.dense_size_slope * float(size), h.dense_ln_scale_sd
+
+
+def prior(
+    ln_base: float, ln_base_sd: float, n_elements: int, is_moe: bool, h: Hyper | None = None
+) -> Prior:
+    """Return the prior of one model's parameters; `ln_base` is its ln PPL unquantized."""
+    h = h or hyper()
+    scale, scale_sd = ln_scale_prior(n_elements, is_moe, h)
+    n_types = len(features.columns())
+    mean = np.concatenate(
+        [[ln_base, scale, 0.0, h.ln_onset], np.zeros(features.N_GROUPS + n_types)]
+    )
+    sd = np.concatenate(
+        [
+            [ln_base_sd, scale_sd, h.tilt_sd, h.ln_onset_sd],
+            np.full(features.N_GROUPS, h.group_sd),
+            np.hypot(h.type_sd, features.ln_gain_sds()),
+        ]
+    )
+    return Prior(mean, sd)
+
+
+def noise_variance(rise: FloatArray, exact: FloatArray, h: Hyper) -> FloatArray:
+    """Return the variance of ln PPL around the model, shape (n,)."""
+    y = np.clip(rise, 0.0, None)
+    shared = h.unknown_mix**2 * max(1, int(np.count_nonzero(exact == 0)))
+    relative = h.form**2 + np.where(exact, 0.0, shared)
+    return np.asarray(h.row_sd**2 + h.mid**2 * y + relative * y**2)
+
+
+def fit(rows: Sequence[Row], known: Prior, h: Hyper | None = None) -> Posterior:
+    """Return the posterior of the parameters given measured rows (none: the prior itself)."""
+    h = h or hyper()
+    theta = known.mean.copy()
+    precision = np.diag(known.sd**-2.0)
+    if not rows:
+        return Posterior(theta, np.diag(known.sd**2), 0)
+    w = np.array([r.w for r in rows])
+    y = np.array([r.ln_ppl for r in rows])
+    exact = np.array([r.exact for r in rows])
+    for _ in range(_MAX_STEPS):
+        r = response.respond(theta, w, h.power)
+        normal = precision + _information(r, y, exact, h)
+        gradient = r.jacobian.T @ (_weights(r, y, exact, h) * (y - r.ln_ppl))
+        step = np.linalg.solve(normal, gradient - (theta - known.mean) / known.sd**2)
+        step *= min(1.0, 0.5 / max(float(np.abs(step[1:]).max()), 1e-12))
+        theta = theta + step
+        if np.abs(step).max() < 1e-7:
+            break
+    r = response.respond(theta, w, h.power)
+    covariance = np.asarray(np.linalg.inv(precision + _information(r, y, exact, h)))
+    return Posterior(theta, covariance.astype(np.float64), len(rows))
+
+
+def _weights(r: response.Response, y: FloatArray, exact: FloatArray, h: Hyper) -> FloatArray:
+    var = noise_variance(r.rise, exact, h)
+    return np.asarray((_NU + 1.0) / (_NU + (y - r.ln_ppl) ** 2 / var) / var)
+
+
+def _information(r: response.Response, y: FloatArray, exact: FloatArray, h: Hyper) -> FloatArray:
+    return np.asarray((r.jacobian * _weights(r, y, exact, h)[:, None]).T @ r.jacobian)
+
+
+def predict(
+    posterior: Posterior, w: FloatArray, h: Hyper | None = None, *, exact: bool = True
+) -> Prediction:
+    """Predict one mix, features `w` of shape (N_GROUPS, n_columns)."""
+    h = h or hyper()
+    r = response.respond(posterior.theta, w[None], h.power)
+    y = float(r.rise[0])
+    jac = r.jacobian[0]
+    edge = float(posterior.covariance[response.BASE, response.BASE]) + h.row_sd**2
+    total = float(jac @ posterior.covariance @ jac)
+    total += float(noise_variance(r.rise, np.array([exact]), h)[0])
+    return Prediction(
+        ln_ppl=float(r.ln_ppl[0]),
+        damage=float(r.damage[0]),
+        rise=y,
+        relative=float(np.sqrt(max(total - edge, 0.0))) / max(y, 1e-12),
+        edge=float(np.sqrt(edge)),
+    )

@@ -1,0 +1,264 @@
+"""Measured mixes of a model: the published ones of the package, and any CSV of the same columns.
+
+Rows are comparable only within a bench: one model as published, one corpus, one context length,
+one base perplexity. `published.csv` holds what its authors measured, row by row with the source;
+`quantmix.loss.fit` makes it from a larger table of measurements.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from quantmix.errors import BadFile, QuantmixError, UsageError
+from quantmix.ggml.types import ENGINES, table
+from quantmix.loss import features, mixes, prior
+from quantmix.loss.calibrate import Hyper, Row, hyper
+from quantmix.loss.model import FloatArray
+from quantmix.models.catalog import catalog, find
+from quantmix.models.model import Model
+
+# The catalog knows these by geometry only: what was measured is another model's weights.
+_OTHER_WEIGHTS: Final = frozenset({"LLaMA-3.1-8B", "gemma-3-27b-it"})
+CORPUS = "wiki.test.raw"
+N_CTX = 512
+# A base that its author measured at q8_0 instead of bf16, or another build: ln units.
+_BASE_SD = 0.0005
+# A model whose base nobody published: somewhere just below its best measured mix.
+UNKNOWN_BASE_GAP, UNKNOWN_BASE_SD = 0.003, 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """One published measurement; `mix` is empty when only the size is known."""
+
+    model: str
+    label: str
+    ppl: float
+    bpw: float | None
+    size_gib: float | None
+    base_ppl: float | None
+    corpus: str
+    n_ctx: int
+    mix: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Comparable rows of one model, with its base.
+
+    Attributes:
+        ln_base, ln_base_sd: ln PPL of the unquantized model and how sure it is.
+        base_known: whether the base was published (else placed below the best row).
+        rows: what was measured.
+        skipped: (label, why) of rows that cannot be used.
+    """
+
+    model: str
+    ln_base: float
+    ln_base_sd: float
+    base_known: bool
+    rows: tuple[Row, ...]
+    skipped: tuple[tuple[str, str], ...] = ()
+
+
+@cache
+def published() -> tuple[Published, ...]:
+    """Return the published measurements of the package."""
+    text = (files("quantmix.loss") / "published.csv").read_text(encoding="utf-8")
+    return tuple(parse_rows(csv.DictReader(text.splitlines())))
+
+
+@cache
+def catalog_ids() -> frozenset[str]:
+    """Return the ids of the catalog."""
+    return frozenset(catalog())
+
+
+def read_csv(file: Path) -> list[Published]:
+    """Return the rows of a CSV of measurements; models get their catalog id where they have one.
+
+    Raises:
+        BadFile: it cannot be read, or lacks a column.
+        UsageError: a number in it is none.
+    """
+    try:
+        with file.open(encoding="utf-8", newline="") as f:
+            rows = list(csv.DictReader(f))
+    except (OSError, UnicodeDecodeError) as err:
+        raise BadFile(f"{file} cannot be read as a CSV of measurements: {err}") from err
+    needed = {"model", "label", "ppl", "corpus", "n_ctx"}
+    if not rows or not needed <= set(rows[0]):
+        raise BadFile(f"{file} lacks measurement columns: it needs {', '.join(sorted(needed))}")
+    return [replace(r, model=catalog_id(r.model) or r.model) for r in parse_rows(rows)]
+
+
+def catalog_id(name: str) -> str | None:
+    """Return the catalog id of a published model name, None when it is another model."""
+    if name in _OTHER_WEIGHTS:
+        return None
+    try:
+        return find(name).id
+    except QuantmixError:
+        return None
+
+
+def parse_rows(rows: Iterable[Mapping[str, str]]) -> list[Published]:
+    """Read measurement rows (CSV columns as in docs/loss-model.md).
+
+    Raises:
+        UsageError: a number is not a number, or the perplexity is missing.
+    """
+    out = []
+    for r in rows:
+        ppl = _number(r, "ppl")
+        if ppl is None or ppl <= 1.0:
+            raise UsageError(f"measurement {r.get('label')!r} of {r.get('model')!r} has no ppl")
+        out.append(
+            Published(
+                model=r["model"],
+                label=r["label"],
+                ppl=ppl,
+                bpw=_number(r, "bpw"),
+                size_gib=_number(r, "size_gib"),
+                base_ppl=_number(r, "base_ppl_bf16_or_q8"),
+                corpus=r["corpus"],
+                n_ctx=int(r["n_ctx"] or 0),
+                mix=r.get("mix") or "",
+                source=r.get("source") or "",
+            )
+        )
+    return out
+
+
+def _number(row: Mapping[str, str], key: str) -> float | None:
+    text = row.get(key) or ""
+    try:
+        return float(text) if text else None
+    except ValueError:
+        raise UsageError(f"{key} {text!r} of {row.get('label')!r} is not a number") from None
+
+
+def base_ppl(model: Model) -> float | None:
+    """Return the perplexity of the unquantized model on wiki.test.raw at 512, None if unknown."""
+    return _bases().get(model.id)
+
+
+@cache
+def _bases() -> dict[str, float]:
+    text = (files("quantmix.loss") / "base_ppl.csv").read_text(encoding="utf-8")
+    return {r["model"]: float(r["ppl"]) for r in csv.DictReader(text.splitlines())}
+
+
+def of_model(model: Model, measured: Sequence[Published] | None = None) -> list[Published]:
+    """Return the rows of `model` on the common bench (wiki.test.raw, context 512)."""
+    rows = published() if measured is None else measured
+    return [r for r in rows if r.model == model.id and r.corpus == CORPUS and r.n_ctx == N_CTX]
+
+
+def nearest(model: Model, tensor_bytes: int, n: int = 3) -> list[tuple[Published, float]]:
+    """Return the n published mixes nearest in size, each with its bits per weight, largest first.
+
+    For a design to be compared with: label, perplexity and source are the publisher's.
+    """
+    wanted = 8 * tensor_bytes / model.n_elements
+    sized = [(r, b) for r in of_model(model) if (b := _bits(model, r)) is not None]
+    near = sorted(sized, key=lambda x: (abs(x[1] - wanted), x[0].ppl))[:n]
+    return sorted(near, key=lambda x: (-x[1], x[0].ppl))
+
+
+def _bits(model: Model, p: Published) -> float | None:
+    if p.bpw:
+        return p.bpw
+    if p.size_gib:
+        return p.size_gib * 8 * 2**30 / model.n_elements
+    return None
+
+
+def bench(
+    model: Model,
+    share: FloatArray,
+    measured: Sequence[Published],
+    *,
+    sizes_too: bool = True,
+    h: Hyper | None = None,
+) -> Bench:
+    """Return the comparable rows of `measured` with their features.
+
+    Rows without a mix enter as a typical mix of their size when `sizes_too` and the model is
+    sparse: on dense ones (embeddings of every size, presets of every kind) size says too little.
+    """
+    h = h or hyper()
+    sizes_too = sizes_too and model.hparams.is_moe
+    rows, skipped = [], []
+    seen: set[tuple[float, bytes]] = set()
+    for p in measured:
+        row, why = _row(model, share, p, sizes_too, h)
+        if row is None:
+            skipped.append((p.label, why))
+            continue
+        key = (round(row.ln_ppl, 6), row.w.tobytes())
+        if key in seen:
+            skipped.append((p.label, "the same measurement is there already"))
+            continue
+        seen.add(key)
+        rows.append(row)
+    bases = sorted({p.base_ppl for p in measured if p.base_ppl})
+    known = base_ppl(model) or (bases[0] if bases else None)
+    if known is not None:
+        return Bench(model.id, float(np.log(known)), _BASE_SD, True, tuple(rows), tuple(skipped))
+    best = min((r.ln_ppl for r in rows), default=0.0)
+    return Bench(
+        model.id, best - UNKNOWN_BASE_GAP, UNKNOWN_BASE_SD, False, tuple(rows), tuple(skipped)
+    )
+
+
+def _row(
+    model: Model, share: FloatArray, p: Published, sizes_too: bool, h: Hyper
+) -> tuple[Row | None, str]:
+    bpw = _bits(model, p)
+    if p.mix:
+        try:
+            chances = mixes.resolve(model, p.mix, prior.shares(model))
+        except QuantmixError as err:
+            if not sizes_too:
+                return None, str(err)
+        else:
+            w = features.of_fractions(model, share, chances)
+            return Row(p.label, w, float(np.log(p.ppl)), bits_of(model, chances)), ""
+    if not sizes_too:
+        return None, "its mix is not published"
+    if bpw is None:
+        return None, "neither its mix nor its size is published"
+    return Row(p.label, typical(bpw, h), float(np.log(p.ppl)), bpw, exact=False), ""
+
+
+def typical(bpw: float, h: Hyper) -> FloatArray:
+    """Return features with the damage of a usual mix of `bpw` (ln damage: fitted polynomial)."""
+    w = np.zeros((features.N_GROUPS, len(features.columns())))
+    bits = min(max(bpw, 1.5), 9.0)
+    w[2, features.columns()["iq4_k"]] = float(
+        np.exp(np.polynomial.polynomial.polyval(np.log(bits / 4.0), h.size_curve))
+    )
+    return w
+
+
+def bits_of(model: Model, chances: Sequence[Mapping[str, float] | None]) -> float:
+    """Return the expected bits per weight of a mix known by class, MTP blocks left out."""
+    sizes = {n: t.bpw for e in ENGINES for n, t in table(e).items()}
+    total, weights = 0.0, 0
+    for tensor, chance in zip(model.tensors, chances, strict=True):
+        if chance is not None:
+            total += tensor.n_elements * sum(sizes[q] * p for q, p in chance.items())
+        elif tensor.loaded:
+            total += 32.0 * tensor.n_elements
+        weights += tensor.n_elements if tensor.loaded else 0
+    return total / weights

@@ -1,0 +1,288 @@
+"""Fits the hyper-parameters: what models have in common, and how far they differ.
+
+Population means (scale of sparse models, scale of dense models by size, damage of a usual mix by
+size) come from fits of every model; the rest minimises the leave-one-out negative log density
+(Student's t, 5 degrees of freedom) summed over models, by coordinate descent on a grid. The tilt
+of the curve is held to what whole-model sweeps allow: their spread at the lowest types is 0.15 to
+0.2 in ln gain of 3.5 to 4, a tilt of 0.05, doubled for text and engine that differ. For
+leave-model-out checks the same choice is made once without each model (`without` in params.json).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from quantmix.loss import backtest, calibrate, cases, evidence, features, response
+from quantmix.loss.calibrate import Hyper
+from quantmix.loss.fit.curve import CurveFit
+
+_GRID: Final[dict[str, tuple[float, ...]]] = {
+    "form": (0.03, 0.045, 0.06, 0.08, 0.11),
+    "mid": (0.0, 0.005, 0.01, 0.015, 0.02, 0.03),
+    "group_sd": (0.1, 0.2, 0.3, 0.4, 0.6),
+    "type_sd": (0.02, 0.05, 0.08, 0.12, 0.18),
+    "tilt_sd": (0.03, 0.05, 0.07, 0.1),
+    "ln_onset_sd": (0.1, 0.2, 0.3, 0.5, 0.8),
+    "row_sd": (0.0005, 0.001, 0.0015, 0.002, 0.003),
+}
+_UNKNOWN_MIX: Final = (0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
+_PASSES: Final = 2
+# A little above 90 %: what is fitted on the same rows is a little too sure of itself.
+_COVER: Final = 0.92
+_MIN_ROWS: Final = 5
+
+
+@dataclass(frozen=True)
+class _Score:
+    """Leave-one-out result of one setting: negative log density by model, and the predictions."""
+
+    loss: dict[str, float]
+
+
+def start(curve: CurveFit) -> Hyper:
+    """Return where the search begins: the middle of each grid."""
+    return Hyper(
+        power=round(curve.power, 3), ln_onset=round(curve.ln_c, 3), ln_onset_sd=0.3, tilt_sd=0.06,
+        group_sd=0.3, type_sd=0.05, row_sd=0.0015, form=0.06, mid=0.01, unknown_mix=0.45,
+        quantiles=(1.645, 1.645), quantiles_prior=(1.645, 1.645), no_imatrix=1.0,
+        moe_ln_scale=-4.2, moe_ln_scale_sd=0.3,
+        dense_ln_scale=-4.8, dense_size_slope=0.4, dense_ln_scale_sd=0.3,
+        size_curve=(0.5, -3.0, 0.0),
+    )  # fmt: skip
+
+
+def fit_hyper(
+    curve: CurveFit, rows: Sequence[Mapping[str, str]], recipes: Path | None
+) -> dict[str, Any]:
+    """Return the document of params.json: `hyper`, `without` each model, and how it was made."""
+    found, _ = cases.gather(evidence.published(), recipes)
+    usable = [c for c in found if not backtest.fails(c)]
+    h = replace(start(curve), no_imatrix=round(no_imatrix_factor(rows), 2))
+    h = population(usable, h)
+    tested = [c for c in usable if len(c.exact) >= _MIN_ROWS]
+    path = _descend(tested, h)
+    best = _best(path, None)
+    best = population(usable, best)
+    best = replace(best, unknown_mix=_unknown_mix(usable, best))
+    best = _quantiles(usable, tested, best, None)
+    without = {}
+    for case in usable:
+        others = [c for c in usable if c.model.id != case.model.id]
+        alone = population(others, _best(path, case.model.id))
+        alone = replace(alone, unknown_mix=_unknown_mix(others, alone))
+        alone = _quantiles(usable, tested, alone, case.model.id)
+        without[case.model.id] = _differences(alone, best)
+    return {
+        "hyper": _plain(best),
+        "without": without,
+        "onset_c": round(math.exp(curve.ln_c), 3),
+        "curve_rms_ln": round(curve.rms, 3),
+        "n_models": len(tested),
+        "n_rows": sum(len(c.exact) for c in tested),
+        "command": "python -m quantmix.loss.fit --tables DIR --measurements CSV",
+    }
+
+
+def no_imatrix_factor(rows: Sequence[Mapping[str, str]]) -> float:
+    """Return KLD without an imatrix over KLD with one: geometric mean over equal files.
+
+    From the llama.cpp perplexity README's table of LLaMA-3-8B, presets measured both ways.
+    """
+    by_preset: dict[str, dict[str, list[float]]] = {}
+    for r in rows:
+        if r["model"] == "LLaMA-3-8B" and r["kld_mean"]:
+            preset = r["label"].split()[0].split("(")[0].lower()
+            kld = math.log(float(r["kld_mean"]))
+            by_preset.setdefault(preset, {}).setdefault(r["imatrix"], []).append(kld)
+    ratios = [
+        float(np.mean(v["no"]) - np.mean(v["yes"]))
+        for v in by_preset.values()
+        if "no" in v and "yes" in v
+    ]
+    return math.exp(float(np.mean(ratios))) if ratios else 1.0
+
+
+def population(found: Sequence[cases.Cases], h: Hyper) -> Hyper:
+    """Return `h` with population means and spreads fitted to the models of `found`."""
+    wide = replace(h, moe_ln_scale_sd=1.0, dense_ln_scale_sd=1.0)
+    points = [p for p in (_point(c, wide) for c in found) if p is not None]
+    sparse = [(0.0, p.scale, p.variance) for p in points if p.is_moe]
+    dense = [(p.smallness, p.scale, p.variance) for p in points if not p.is_moe]
+    a, _, a_sd = _random_effects(sparse, slope=False)
+    b, b_slope, b_sd = _random_effects(dense, slope=True)
+    x, y = np.array([s for p in points if p.is_moe for s in p.sizes]).T
+    size = np.polynomial.polynomial.polyfit(x, y, 2)
+    return replace(
+        h, moe_ln_scale=round(a, 2), moe_ln_scale_sd=round(a_sd, 2), dense_ln_scale=round(b, 2),
+        dense_size_slope=round(b_slope, 2), dense_ln_scale_sd=round(b_sd, 2),
+        size_curve=tuple(round(float(c), 2) for c in size),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class _Point:
+    """One model's own scale with its variance, and ln damage of its mixes by ln(bpw/4)."""
+
+    is_moe: bool
+    smallness: float
+    scale: float
+    variance: float
+    sizes: list[tuple[float, float]]
+
+
+def _point(case: cases.Cases, wide: Hyper) -> _Point | None:
+    exact = [case.bench.rows[i] for i in case.exact]
+    if not case.bench.base_known or not exact:
+        return None
+    m = case.model
+    known = calibrate.prior(
+        case.bench.ln_base, case.bench.ln_base_sd, m.n_elements, m.hparams.is_moe, wide
+    )
+    posterior = calibrate.fit(exact, known, wide)
+    gains = np.exp(features.ln_gains())
+    return _Point(
+        is_moe=m.hparams.is_moe,
+        smallness=math.log(27e9 / m.n_elements),
+        scale=float(posterior.theta[response.SCALE]),
+        variance=float(posterior.covariance[response.SCALE, response.SCALE]),
+        sizes=[
+            (
+                math.log(min(max(row.bpw, 1.5), 9.0) / 4.0),
+                math.log(float((row.w.sum(axis=0) * gains).sum())),
+            )
+            for row in exact
+        ],
+    )
+
+
+def _random_effects(
+    points: Sequence[tuple[float, float, float]], *, slope: bool
+) -> tuple[float, float, float]:
+    """Return mean, slope and the spread between models of (x, value, variance) points.
+
+    The spread is iterated (Paule-Mandel) and includes the uncertainty of the mean; at least 0.15.
+    """
+    x = np.array([p[0] for p in points])
+    v = np.array([p[1] for p in points])
+    var = np.array([p[2] for p in points])
+    design = np.column_stack([np.ones_like(x), x]) if slope else np.ones((len(x), 1))
+    between = 0.05
+    for _ in range(60):
+        weight = 1.0 / (var + between)
+        normal = design.T @ (design * weight[:, None])
+        beta = np.linalg.solve(normal, design.T @ (weight * v))
+        excess = float(np.sum(weight * (v - design @ beta) ** 2)) - (len(v) - design.shape[1])
+        between = max(0.0, between * (1.0 + 0.5 * excess / len(v)))
+        between = max(between, 1e-4)
+    spread = math.sqrt(between + float(np.linalg.inv(normal)[0, 0]))
+    return float(beta[0]), float(beta[1]) if slope else 0.0, max(spread, 0.15)
+
+
+def _descend(found: Sequence[cases.Cases], h: Hyper) -> list[tuple[Hyper, _Score]]:
+    """Return every setting tried, with its score, along a coordinate descent."""
+    tried: dict[Hyper, _Score] = {h: _score(found, h)}
+    best = h
+    for _ in range(_PASSES):
+        for name, values in _GRID.items():
+            for value in values:
+                candidate = _with(best, name, value)
+                if candidate not in tried:
+                    tried[candidate] = _score(found, candidate)
+            best = min(tried, key=lambda k: _total(tried[k], None))
+    return list(tried.items())
+
+
+def _with(h: Hyper, name: str, value: float) -> Hyper:
+    return Hyper(**{**asdict(h), name: value})
+
+
+def _score(found: Sequence[cases.Cases], h: Hyper) -> _Score:
+    loss = {}
+    for case in found:
+        total = 0.0
+        for p, measured in backtest.predictions(case, h):
+            z2 = ((measured - p.ln_ppl) / p.sd) ** 2
+            total += math.log(p.sd) + 3.0 * math.log1p(z2 / 5.0)
+        # A model with many recipes says more, but not in proportion: its rows resemble each other.
+        loss[case.model.id] = total / math.sqrt(len(case.exact))
+    return _Score(loss)
+
+
+def _unknown_mix(found: Sequence[cases.Cases], h: Hyper) -> float:
+    """Return the form noise of a row known by size only: exact rows predicted from such rows."""
+    totals = {}
+    for value in _UNKNOWN_MIX:
+        candidate = replace(h, unknown_mix=value)
+        total = 0.0
+        for case in found:
+            for p, measured in backtest.predictions(case, candidate, loose_only=True):
+                z2 = ((measured - p.ln_ppl) / p.sd) ** 2
+                total += (math.log(p.sd) + 3.0 * math.log1p(z2 / 5.0)) / math.sqrt(len(case.exact))
+        totals[value] = total
+    return min(totals, key=lambda v: totals[v])
+
+
+def _total(score: _Score, without: str | None) -> float:
+    return sum(v for m, v in score.loss.items() if m != without)
+
+
+def _best(path: Sequence[tuple[Hyper, _Score]], without: str | None) -> Hyper:
+    return min(path, key=lambda t: _total(t[1], without))[0]
+
+
+def _quantiles(
+    usable: Sequence[cases.Cases], tested: Sequence[cases.Cases], h: Hyper, without: str | None
+) -> Hyper:
+    """Return `h` with the quantiles that cover 90 % of left-out rows, and of left-out models."""
+    rows = [p for c in tested if c.model.id != without for p in backtest.predictions(c, h)]
+    models = [
+        p
+        for c in usable
+        if c.model.id != without and c.bench.base_known
+        for p in backtest.predictions(c, h, prior_only=True)
+    ]
+    return replace(h, quantiles=_quantile(rows), quantiles_prior=_quantile(models))
+
+
+def _quantile(pairs: Sequence[tuple[calibrate.Prediction, float]]) -> tuple[float, float]:
+    """Return the least quantiles whose intervals cover 90 %, of ln rise and of noise.
+
+    The first is fitted on predictions whose uncertainty is mostly that of the rise, the second on
+    the others, in turn: at high bits noise decides, at low bits the model.
+    """
+    rise = [p for p in pairs if p[0].relative * p[0].rise > p[0].edge]
+    noise = [p for p in pairs if p[0].relative * p[0].rise <= p[0].edge]
+    first, second = 1.645, 1.645
+    for _ in range(4):
+        first = _least(rise, lambda q, other=second: (q, other))  # type: ignore[misc]
+        second = _least(noise, lambda q, other=first: (other, q))  # type: ignore[misc]
+    return first, second
+
+
+def _least(
+    pairs: Sequence[tuple[calibrate.Prediction, float]],
+    both: Callable[[float], tuple[float, float]],
+) -> float:
+    for quantile in np.arange(1.0, 4.0, 0.05):
+        inside = 0
+        for p, measured in pairs:
+            low, high = p.bounds(both(float(quantile)))
+            inside += low <= measured <= high
+        if inside >= _COVER * len(pairs):
+            return round(float(quantile), 2)
+    return 4.0
+
+
+def _plain(h: Hyper) -> dict[str, Any]:
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(h).items()}
+
+
+def _differences(h: Hyper, best: Hyper) -> dict[str, Any]:
+    mine, theirs = _plain(h), _plain(best)
+    return {k: v for k, v in mine.items() if v != theirs[k]}

@@ -1,0 +1,299 @@
+"""A loss model from own measurements: KLD of roles, bands and tensors on the real model.
+
+Per role the measured types give ln KLD; between them it is interpolated along ln gain of the type
+curve, above the best measured type it follows the curve, below the worst one it follows the curve
+steepened by its spread (DESIGN §4.10: never flat). A role that was not measured keeps its share
+of the prior, scaled to the measured ones. Inside a role, KLD is shared out over its tensors by
+band and tensor probes (or weighted quantization error), shrunk towards equal parts by their own
+noise: unshrunk shares predict 5-8 % too well, because a solver picks what was under-measured.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from quantmix.errors import UsageError
+from quantmix.ggml.types import ENGINES, GgmlType, table
+from quantmix.loss import calibrate, curve, prior, response, trust
+from quantmix.loss.model import FloatArray
+from quantmix.measurements import Measurements, Probe
+from quantmix.models.model import Model
+from quantmix.recipe import Quality
+
+# ln(PPL/base) per nat of KLD where the probes say nothing: 0.74 to 1.04 on 21 of 26 models with
+# pure types (GGUF Tool Suite sweeps). It counts like 0.05 nats of probes.
+_PPL_PER_NAT, _PPL_PER_NAT_NATS, _PPL_PER_NAT_LN_SD = 0.9, 0.05, 0.12
+# Whole mix over the sum of whole roles: 1 + (c · sum)^P. Roles at iq4_xs, iq3_xxs, iq2_xs, iq1_s
+# one at a time and all together on SmolLM2: sums 0.136, 0.555, 1.51, 4.70 give 0.135, 0.605, 1.78,
+# 6.53. Less than for single tensors, since a role's own KLD has its part of it.
+_ROLE_LN_ONSET, _ROLE_POWER = math.log(0.055), 0.69
+# Spread of a summed prediction of measured roles against really quantized mixes, in ln KLD.
+_FORM_LN_SD = 0.08
+_EXTRAPOLATED_LN_SD = 0.35
+_QUANTILE = 1.645
+_BELOW_STEEPER = 1.15
+
+
+@dataclass(frozen=True, slots=True)
+class RoleCurve:
+    """Measured damage of a role: knots of (ln gain, ln KLD), rising, and their relative noise."""
+
+    ln_gain: tuple[float, ...]
+    ln_kld: tuple[float, ...]
+    relative_sd: float
+
+    def at(self, ln_gain: FloatArray) -> FloatArray:
+        """Return ln KLD at ln gains, interpolated; outside the knots along the type curve."""
+        x, y = np.array(self.ln_gain), np.array(self.ln_kld)
+        inside = np.interp(ln_gain, x, y)
+        above = np.where(ln_gain < x[0], ln_gain - x[0], 0.0)
+        below = np.where(ln_gain > x[-1], _BELOW_STEEPER * (ln_gain - x[-1]), 0.0)
+        return np.asarray(inside + above + below)
+
+
+@dataclass(frozen=True)
+class MeasuredModel:
+    """A loss model of one model, from its own measurements.
+
+    Attributes:
+        curves: by role.
+        part: what a tensor takes of its role's KLD, shape (n_tensors,); sums to one per role.
+        scale: nats at iq4_k per unit of prior share, for roles without a curve.
+        ppl_base: perplexity of the unquantized model on the measured text.
+        ppl_per_nat: ln(PPL/base) per nat of KLD, from the probes.
+    """
+
+    curves: Mapping[str, RoleCurve]
+    part: FloatArray
+    share: FloatArray
+    scale: float
+    ppl_base: float
+    ppl_per_nat: float = _PPL_PER_NAT
+    basis: str = "measured"
+    imatrix: bool = True
+
+    @classmethod
+    def of(cls, model: Model, measured: Measurements, *, imatrix: bool = True) -> MeasuredModel:
+        """Build the model from role, band and tensor probes of `measured`.
+
+        Raises:
+            UsageError: the probes were made around a quantized mix, not around the base.
+        """
+        if measured.around:
+            raise UsageError(
+                "these measurements were made around a quantized mix: measure without --around"
+            )
+        share = prior.shares(model)
+        curves = {
+            role: made
+            for role, probes in _by_role(model, measured).items()
+            if (made := _curve(probes, measured.noise_floor)) is not None
+        }
+        by_role: dict[str, float] = defaultdict(float)
+        for tensor, s in zip(model.tensors, share, strict=True):
+            by_role[tensor.role] += float(s)
+        reference = [
+            (float(np.exp(c.at(np.array([0.0]))[0])), by_role[r]) for r, c in curves.items()
+        ]
+        known = sum(s for _, s in reference)
+        scale = (
+            sum(k for k, _ in reference) / known
+            if known > 0.0
+            else math.exp(
+                calibrate.ln_scale_prior(model.n_elements, model.hparams.is_moe, calibrate.hyper())[
+                    0
+                ]
+            )
+        )
+        roles = [p for p in measured.probes if p.scope == "role"]
+        rise = sum(p.ln_ratio for p in roles) + _PPL_PER_NAT * _PPL_PER_NAT_NATS
+        kld = sum(p.kld for p in roles) + _PPL_PER_NAT_NATS
+        return cls(
+            curves,
+            _parts(model, share, measured),
+            share,
+            scale,
+            measured.ppl_base,
+            min(max(rise / kld, 0.5), 1.5),
+            imatrix=imatrix,
+        )
+
+    def damage(self, model: Model, types: Sequence[GgmlType]) -> FloatArray:
+        """Return damage in nats, shape (n_tensors, n_types); see `LossModel.damage`."""
+        gains = curve.gains(types)
+        with np.errstate(divide="ignore"):
+            ln_gain = np.log(gains)
+        by_role = {r: np.exp(c.at(ln_gain)) for r, c in self.curves.items()}
+        cells = np.empty((len(model.tensors), len(types)))
+        for i, tensor in enumerate(model.tensors):
+            if tensor.role in by_role:
+                cells[i] = self.part[i] * by_role[tensor.role]
+            else:
+                cells[i] = self.scale * self.share[i] * gains
+        cells[:, gains == 0.0] = 0.0
+        position = {t.name: j for j, t in enumerate(types)}
+        for i, tensor in enumerate(model.tensors):
+            if tensor.source_type in position:
+                cells[i, position[tensor.source_type]] = 0.0
+        return cells
+
+    def quality(self, model: Model, mix: Sequence[GgmlType | None]) -> Quality:
+        """Predict the whole mix; see `LossModel.quality`."""
+        from quantmix.loss.predictor import mix_damage
+
+        cells = mix_damage(self, model, mix)
+        damage = 0.0
+        for value in cells:
+            damage += float(value)
+        kld = float(response.super_additive(damage, _ROLE_LN_ONSET, _ROLE_POWER))
+        rise = self.ppl_per_nat * kld
+        relative = math.hypot(self._relative_sd(model, mix, cells), _PPL_PER_NAT_LN_SD)
+        # What super-additivity adds was seen on one model only: it may be twice as much.
+        relative = math.hypot(relative, 1.0 - damage / max(kld, 1e-12))
+        reach = min(_QUANTILE * relative, 20.0)
+        low = rise * math.exp(-reach)
+        high = rise * math.exp(reach)
+        high = rise + (high - rise) * trust.widening(model, mix, damage)
+        high = min(high, max(math.log(model.hparams.n_vocab) - math.log(self.ppl_base), rise))
+        return Quality(
+            damage=damage,
+            ln_ppl_ratio=rise,
+            ppl=self.ppl_base * math.exp(rise),
+            ppl_low=self.ppl_base * math.exp(low),
+            ppl_high=self.ppl_base * math.exp(high),
+            ppl_base=self.ppl_base,
+            basis=self.basis,
+            warnings=(*trust.warnings(model, mix, damage, self), *self._below(model, mix)),
+            ln_ppl_ratio_low=low,
+            ln_ppl_ratio_high=high,
+        )
+
+    def _relative_sd(
+        self, model: Model, mix: Sequence[GgmlType | None], cells: FloatArray
+    ) -> float:
+        """Return the sd of ln damage: each role's noise and extrapolation weigh by its damage."""
+        total = float(cells.sum())
+        by_role: dict[str, float] = defaultdict(float)
+        beyond: dict[str, float] = defaultdict(float)
+        for tensor, qtype, value in zip(model.tensors, mix, cells, strict=True):
+            by_role[tensor.role] += float(value)
+            if qtype is not None and self._outside(tensor.role, qtype):
+                beyond[tensor.role] += float(value)
+        if total <= 0.0:
+            return _FORM_LN_SD
+        var = 0.0
+        for role, value in by_role.items():
+            known = self.curves.get(role)
+            sd = _EXTRAPOLATED_LN_SD if known is None else known.relative_sd
+            var += (sd * value / total) ** 2
+        var += (_EXTRAPOLATED_LN_SD * sum(beyond.values()) / total) ** 2
+        return math.hypot(_FORM_LN_SD, math.sqrt(var))
+
+    def _outside(self, role: str, qtype: GgmlType) -> bool:
+        known = self.curves.get(role)
+        gain = curve.gain(qtype).gain
+        return known is not None and gain > 0.0 and math.log(gain) > known.ln_gain[-1] + 1e-9
+
+    def _below(self, model: Model, mix: Sequence[GgmlType | None]) -> tuple[str, ...]:
+        """Return a warning that names roles at types worse than any that was measured."""
+        roles = sorted(
+            {
+                f"{t.role} at {q.name}"
+                for t, q in zip(model.tensors, mix, strict=True)
+                if q is not None and self._outside(t.role, q)
+            }
+        )
+        if not roles:
+            return ()
+        some = ", ".join(roles[:4]) + (", …" if len(roles) > 4 else "")
+        return (f"below the worst measured type, extrapolated pessimistically: {some}",)
+
+
+def _by_role(model: Model, measured: Measurements) -> dict[str, list[Probe]]:
+    """Return the probes that cover a whole role."""
+    layers: dict[str, set[int]] = defaultdict(set)
+    for t in model.tensors:
+        if t.quantizable and t.loaded and t.layer is not None:
+            layers[t.role].add(t.layer)
+    found: dict[str, list[Probe]] = defaultdict(list)
+    for p in measured.probes:
+        if p.scope == "role" and (not p.layers or set(p.layers) >= layers[p.role]):
+            found[p.role].append(p)
+    return found
+
+
+def _curve(probes: Sequence[Probe], floor: float) -> RoleCurve | None:
+    """Return the knots of a role, made monotonic in gain (pool adjacent violators)."""
+    types = {n: t for e in ENGINES for n, t in table(e).items()}
+    best: dict[float, tuple[float, float]] = {}
+    for p in probes:
+        gain = curve.gain(types[p.type]).gain if p.type in types else 0.0
+        if gain > 0.0:
+            kld = max(p.kld - floor, 0.1 * p.kld, 1e-9)
+            best[math.log(gain)] = (math.log(kld), max(p.kld_err, 1e-12) / kld)
+    if not best:
+        return None
+    x = sorted(best)
+    y = [best[g][0] for g in x]
+    noise = [min(best[g][1], 1.0) for g in x]
+    return RoleCurve(tuple(x), tuple(_monotonic(y)), float(np.mean(noise)))
+
+
+def _monotonic(values: Sequence[float]) -> list[float]:
+    """Return the nearest non-falling sequence (pool adjacent violators, equal weights)."""
+    blocks: list[list[float]] = []
+    for v in values:
+        blocks.append([v, 1.0])
+        while len(blocks) > 1 and blocks[-2][0] > blocks[-1][0]:
+            (a, n), (b, m) = blocks[-2], blocks[-1]
+            blocks[-2:] = [[(a * n + b * m) / (n + m), n + m]]
+    return [v for v, n in blocks for _ in range(int(n))]
+
+
+def _parts(model: Model, share: FloatArray, measured: Measurements) -> FloatArray:
+    """Return what each tensor takes of its role, shape (n_tensors,): shrunk towards the prior."""
+    where: dict[str, list[int]] = defaultdict(list)
+    for i, t in enumerate(model.tensors):
+        if t.quantizable and t.loaded:
+            where[t.role].append(i)
+    part = np.zeros(len(model.tensors))
+    for role, members in where.items():
+        start = share[members] / share[members].sum()
+        found, noise = _measured_parts(model, role, members, measured)
+        if found is not None:
+            spread = float(np.var(found / start))
+            weight = spread / (spread + noise) if spread > 0.0 else 0.0
+            start = weight * found + (1.0 - weight) * start
+        part[members] = start / start.sum()
+    return part
+
+
+def _measured_parts(
+    model: Model, role: str, members: Sequence[int], measured: Measurements
+) -> tuple[FloatArray | None, float]:
+    """Return parts of a role's tensors from tensor or band probes, and their relative variance."""
+    position = {model.tensors[i].layer: k for k, i in enumerate(members)}
+    sums: dict[str, tuple[FloatArray, FloatArray, FloatArray]] = {}
+    for p in measured.probes:
+        if p.role != role or p.scope == "role" or not p.layers:
+            continue
+        covered = [position[x] for x in p.layers if x in position]
+        if not covered or len(covered) == len(members):
+            continue
+        empty = (np.zeros(len(members)), np.zeros(len(members)), np.zeros(len(members)))
+        value, var, n = sums.setdefault(p.type, empty)
+        kld = max(p.kld - measured.noise_floor, 0.0) / len(covered)
+        value[covered] += kld
+        var[covered] += (p.kld_err / len(covered)) ** 2
+        n[covered] += 1
+    full = [(v / n, s / n**2) for v, s, n in sums.values() if n.all() and v.sum() > 0.0]
+    if not full:
+        return None, 0.0
+    parts = np.mean([v / v.sum() for v, _ in full], axis=0)
+    noise = float(np.mean([np.mean(s) / np.mean(v) ** 2 for v, s in full])) / len(full)
+    return np.asarray(parts), noise

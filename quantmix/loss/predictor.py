@@ -1,0 +1,130 @@
+"""The loss model that designs use: prior and published measurements in one posterior.
+
+    damage(t, q) = share(t) · exp(k + r_group(t)) · gain_q^(1+e) · e^(d_q)        nats, additive
+    ln(PPL/base) = D · (1 + (c · D)^P)                                            D = sum of damage
+
+with the posterior means of `calibrate`. The interval carries parameters, form and low bits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from quantmix.ggml.types import GgmlType
+from quantmix.loss import calibrate, curve, evidence, features, prior, response, trust
+from quantmix.loss.model import FloatArray, LossModel
+from quantmix.models.model import Model
+from quantmix.recipe import Quality
+
+
+@dataclass(frozen=True)
+class FittedModel:
+    """A loss model of one model; see `LossModel` for what it answers.
+
+    Attributes:
+        share: share of each tensor in uniform damage, shape (n_tensors,).
+        posterior: parameters of the response.
+        bench: the rows behind it, and the base.
+        basis: `prior` when no row could be used, else `calibrated`.
+        imatrix: whether quantization will use an importance matrix.
+    """
+
+    share: FloatArray
+    posterior: calibrate.Posterior
+    bench: evidence.Bench
+    basis: str
+    imatrix: bool = True
+
+    @classmethod
+    def of(
+        cls,
+        model: Model,
+        *,
+        imatrix: bool = True,
+        measured: Sequence[evidence.Published] | None = None,
+    ) -> FittedModel:
+        """Fit the posterior of `model` on its published rows (or on `measured`)."""
+        share = prior.shares(model)
+        bench = evidence.bench(model, share, evidence.of_model(model, measured))
+        return cls.on_bench(model, share, bench, imatrix=imatrix)
+
+    @classmethod
+    def on_bench(
+        cls, model: Model, share: FloatArray, bench: evidence.Bench, *, imatrix: bool = True
+    ) -> FittedModel:
+        """Fit the posterior of `model` on the rows of `bench`."""
+        known = calibrate.prior(
+            bench.ln_base, bench.ln_base_sd, model.n_elements, model.hparams.is_moe
+        )
+        posterior = calibrate.fit(bench.rows, known)
+        return cls(share, posterior, bench, "calibrated" if bench.rows else "prior", imatrix)
+
+    def damage(self, model: Model, types: Sequence[GgmlType]) -> FloatArray:
+        """Return damage in nats, shape (n_tensors, n_types); see `LossModel.damage`."""
+        gains = response.cell_gains(self.posterior.theta) * self._factor()
+        column = features.columns()
+        by_group = np.zeros((features.N_GROUPS, len(types)))
+        scale = np.exp(self.posterior.theta[response.SCALE])
+        for j, qtype in enumerate(types):
+            name = curve.own_name(qtype)
+            if name in column:
+                by_group[:, j] = gains[:, column[name]]
+            else:
+                by_group[:, j] = scale * curve.gain(qtype).gain
+        groups = np.array([features.group(t.role) for t in model.tensors])
+        cells = self.share[:, None] * by_group[groups]
+        position = {t.name: j for j, t in enumerate(types)}
+        for i, tensor in enumerate(model.tensors):
+            if tensor.source_type in position:
+                cells[i, position[tensor.source_type]] = 0.0
+        return np.asarray(cells)
+
+    def quality(self, model: Model, mix: Sequence[GgmlType | None]) -> Quality:
+        """Predict the whole mix; see `LossModel.quality`."""
+        cells = mix_damage(self, model, mix)
+        damage = 0.0
+        for value in cells:
+            damage += float(value)
+        h = calibrate.hyper()
+        w = features.of_types(model, self.share, mix) * self._factor()
+        p = calibrate.predict(self.posterior, w, h)
+        ln_c = float(self.posterior.theta[response.ONSET])
+        rise = float(response.super_additive(damage, ln_c, h.power))
+        base = math.exp(self.bench.ln_base)
+        known = self.bench.base_known
+        low, high = p.bounds(h.quantiles_prior if self.basis == "prior" else h.quantiles)
+        low = rise - (p.ln_ppl - low)
+        high = rise + (high - p.ln_ppl) * trust.widening(model, mix, damage)
+        # No model is worse than guessing among all tokens.
+        high = min(high, max(math.log(model.hparams.n_vocab) - self.bench.ln_base, rise))
+        return Quality(
+            damage=damage,
+            ln_ppl_ratio=rise,
+            ppl=base * math.exp(rise) if known else None,
+            ppl_low=base * math.exp(low) if known else None,
+            ppl_high=base * math.exp(high) if known else None,
+            ppl_base=base if known else None,
+            basis=self.basis,
+            warnings=trust.warnings(model, mix, damage, self),
+            ln_ppl_ratio_low=low,
+            ln_ppl_ratio_high=high,
+        )
+
+    def _factor(self) -> float:
+        """Damage without an importance matrix relative to with one."""
+        return 1.0 if self.imatrix else calibrate.hyper().no_imatrix
+
+
+def mix_damage(loss: LossModel, model: Model, mix: Sequence[GgmlType | None]) -> FloatArray:
+    """Return the damage of each tensor in a mix, shape (n_tensors,)."""
+    types = {t.name: t for t in mix if t is not None}
+    names = sorted(types)
+    if not names:
+        return np.zeros(len(model.tensors))
+    cells = loss.damage(model, [types[n] for n in names])
+    column = {n: j for j, n in enumerate(names)}
+    return np.array([0.0 if t is None else cells[i, column[t.name]] for i, t in enumerate(mix)])

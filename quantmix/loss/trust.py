@@ -1,0 +1,109 @@
+"""The trust region: where predictions are known to fail, and what to say there.
+
+Additive damage predicts well while the total is below about 0.3 nats and few tensors are at two
+bits; below 2.3 bpw mixes of one size differ by tens of percent. There the upper end of the
+interval widens and a warning names the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final, Protocol
+
+from quantmix.ggml.types import GgmlType
+from quantmix.loss import curve, prior
+from quantmix.models.model import Model
+
+LOW_BPW: Final = 2.3
+HIGH_DAMAGE: Final = 0.3
+_TWO_BITS: Final = 2.5
+_MANY_TWO_BITS: Final = 0.6
+_EXTRAPOLATED: Final = 0.02
+_HEAD_BITS: Final = 4.0
+
+
+class _Knows(Protocol):
+    @property
+    def basis(self) -> str: ...
+    @property
+    def imatrix(self) -> bool: ...
+
+
+def weights_bpw(model: Model, mix: Sequence[GgmlType | None]) -> float:
+    """Return the bits per weight over the quantized matrices, the input embedding left out."""
+    bits, weights = 0.0, 0
+    for tensor, qtype in zip(model.tensors, mix, strict=True):
+        if qtype is not None and tensor.loaded and tensor.role != "token_embd":
+            bits += qtype.bpw * tensor.n_elements
+            weights += tensor.n_elements
+    return bits / weights if weights else 16.0
+
+
+def two_bit_share(model: Model, mix: Sequence[GgmlType | None]) -> float:
+    """Return the share of the weights that lie at 2.5 bits or less."""
+    low = total = 0
+    for tensor, qtype in zip(model.tensors, mix, strict=True):
+        if qtype is not None:
+            total += tensor.n_elements
+            low += tensor.n_elements if qtype.bpw <= _TWO_BITS else 0
+    return low / total if total else 0.0
+
+
+def widening(model: Model, mix: Sequence[GgmlType | None], damage: float) -> float:
+    """Return the factor on the upper half of the interval outside the trust region, ≥ 1."""
+    factor = 1.0
+    if weights_bpw(model, mix) < LOW_BPW:
+        factor *= 1.25
+    if damage > HIGH_DAMAGE:
+        factor *= 1.25
+    return factor
+
+
+def warnings(
+    model: Model, mix: Sequence[GgmlType | None], damage: float, loss: _Knows
+) -> tuple[str, ...]:
+    """Return what a reader must know before trusting the prediction, one sentence each."""
+    out = []
+    bpw = weights_bpw(model, mix)
+    if bpw < LOW_BPW:
+        out.append(
+            f"{bpw:.2f} bits per weight: below {LOW_BPW} mixes of one size differ by tens of "
+            "percent and damage does not add up; measure before use"
+        )
+    share = two_bit_share(model, mix)
+    if share > _MANY_TWO_BITS and bpw >= LOW_BPW:
+        out.append(
+            f"{share:.0%} of the weights are at {_TWO_BITS} bits or less: their damage can be "
+            "several times the sum of its parts; measure before use"
+        )
+    if damage > HIGH_DAMAGE:
+        out.append(
+            f"damage of {damage:.2f} nats is above {HIGH_DAMAGE}, where predictions were checked"
+        )
+    out += _extrapolated(mix)
+    unknown = prior.unknown_roles(model)
+    if unknown:
+        out.append(f"nobody measured the sensitivity of {', '.join(unknown)}: a guess is used")
+    low_head = sorted(
+        {
+            t.role
+            for t, q in zip(model.tensors, mix, strict=True)
+            if q is not None and t.role in ("output", "token_embd") and q.bpw < _HEAD_BITS
+        }
+    )
+    if low_head and "output" in low_head:
+        out.append(
+            "output below 4 bits: without an imatrix entry for the head it loses about twice as "
+            "much (make one with `quantmix imatrix`)"
+        )
+    if loss.basis == "prior":
+        out.append("no measurement of this model is known: the prediction is the prior's")
+    return tuple(out)
+
+
+def _extrapolated(mix: Sequence[GgmlType | None]) -> list[str]:
+    names = [q.name for q in mix if q is not None]
+    guessed = sorted({q.name for q in mix if q is not None and not curve.gain(q).measured})
+    if not guessed or sum(names.count(n) for n in guessed) < _EXTRAPOLATED * len(names):
+        return []
+    return [f"{', '.join(guessed)} never measured: placed pessimistically by bits per weight"]

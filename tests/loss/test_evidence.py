@@ -1,0 +1,88 @@
+"""Published measurements."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from quantmix.errors import BadFile, UsageError
+from quantmix.loss import evidence, prior
+from quantmix.models.catalog import catalog
+from quantmix.models.model import Model
+
+from .conftest import catalog_model
+
+
+def test_every_published_row_has_a_source_a_catalog_model_and_the_one_bench() -> None:
+    """Nothing is shipped without its page; corpora and contexts are never mixed."""
+    rows = evidence.published()
+    assert len(rows) > 500
+    for r in rows:
+        assert r.source.startswith("https://")
+        assert r.model in catalog()
+        assert (r.corpus, r.n_ctx) == ("wiki.test.raw", 512)
+        assert r.ppl > 1.0
+
+
+def test_bases_of_the_two_r1_are_the_published_ones() -> None:
+    """The unquantized perplexities that the field quotes."""
+    assert evidence.base_ppl(catalog_model("deepseek-r1")) == 3.3490
+    assert evidence.base_ppl(catalog_model("deepseek-r1-0528")) == 3.2130
+    assert evidence.base_ppl(catalog_model("gemma-3-27b-it")) is None
+
+
+def test_no_measured_mix_of_r1_is_silently_dropped() -> None:
+    """Rows used and rows skipped with a reason are all rows."""
+    model = catalog_model("deepseek-r1-0528")
+    rows = evidence.of_model(model)
+    bench = evidence.bench(model, prior.shares(model), rows)
+    assert len(bench.rows) + len(bench.skipped) == len(rows)
+    assert all(why for _, why in bench.skipped)
+    assert sum(r.exact for r in bench.rows) >= 10
+
+
+def test_size_alone_is_evidence_for_sparse_models_only(r1: Model, small: Model) -> None:
+    """A dense model's rows without a mix are skipped with a reason."""
+    for model, used in ((r1, True), (small, False)):
+        rows = evidence.of_model(model)
+        bench = evidence.bench(model, prior.shares(model), rows)
+        assert any(not r.exact for r in bench.rows) == used
+
+
+def test_features_of_exact_rows_sum_to_one() -> None:
+    """A fully quantized mix has all of the sensitivity on some type."""
+    model = catalog_model("deepseek-r1-0528")
+    bench = evidence.bench(model, prior.shares(model), evidence.of_model(model))
+    for row in bench.rows:
+        if row.exact:
+            assert np.isclose(row.w.sum(), 1.0)
+
+
+def test_published_mixes_nearest_in_size_carry_their_source() -> None:
+    """Three mixes around the size asked for, largest first."""
+    model = catalog_model("deepseek-r1-0528")
+    found = evidence.nearest(model, 220 * 2**30)
+    bits = [b for _, b in found]
+    assert len(found) == 3
+    assert bits == sorted(bits, reverse=True)
+    assert all(abs(b - 2.8) < 0.3 for b in bits)
+    assert all(p.source.startswith("https://") for p, _ in found)
+
+
+def test_a_csv_of_other_measurements(tmp_path: Path) -> None:
+    """Columns are checked, names become catalog ids, numbers must be numbers."""
+    file = tmp_path / "m.csv"
+    head = "model,label,bpw,ppl,corpus,n_ctx,mix\n"
+    file.write_text(head + "DeepSeek-R1,mine,4.5,3.4,wiki.test.raw,512,all=q4_K\n")
+    row = evidence.read_csv(file)[0]
+    assert (row.model, row.ppl, row.mix) == ("deepseek-r1", 3.4, "all=q4_K")
+    file.write_text(head + "DeepSeek-R1,mine,4.5,x,wiki.test.raw,512,\n")
+    with pytest.raises(UsageError, match="not a number"):
+        evidence.read_csv(file)
+    file.write_text("a,b\n1,2\n")
+    with pytest.raises(BadFile, match="columns"):
+        evidence.read_csv(file)
+    with pytest.raises(BadFile, match="cannot be read"):
+        evidence.read_csv(tmp_path / "none.csv")

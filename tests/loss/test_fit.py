@@ -1,0 +1,135 @@
+"""Refitting the shipped parameters."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from quantmix.errors import BadFile
+from quantmix.loss import curve as shipped
+from quantmix.loss.fit import curate, curve, sensitivity, tables
+from quantmix.loss.fit.__main__ import refit
+
+RESEARCH = os.environ.get("QUANTMIX_RESEARCH")
+DATA = Path(shipped.__file__).parent
+FILES = ("curve.csv", "sensitivity.csv", "published.csv", "base_ppl.csv", "params.json")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not RESEARCH, reason="QUANTMIX_RESEARCH does not point at the raw tables")
+def test_refitting_reproduces_the_shipped_files(tmp_path: Path) -> None:
+    """The same tables give the same bytes."""
+    root = Path(RESEARCH or "") / "data"
+    refit(root / "thireus", root / "ppl_measurements.csv", tmp_path)
+    for name in FILES:
+        assert (tmp_path / name).read_bytes() == (DATA / name).read_bytes(), name
+
+
+def _sweeps(power: float = 1.0, ln_c: float = -0.5) -> list[tables.Sweep]:
+    """Sweeps of five models that obey the model exactly, with the shipped gains."""
+    out = []
+    for i, (scale, floor) in enumerate(
+        [(0.04, 1e-3), (0.02, 1e-3), (0.012, 5e-3), (0.01, 6e-4), (0.006, 5e-4)]
+    ):
+        kld = {}
+        for name, g in shipped.measured().items():
+            x = scale * g.gain
+            kld[name] = floor + x * (1.0 + (math.exp(ln_c) * x) ** power)
+        out.append(tables.Sweep(f"model-{i}", kld))
+    return out
+
+
+def test_a_curve_that_made_the_data_is_found_again() -> None:
+    """Gains, super-additivity, scales and floors come back within a few percent."""
+    sums = (0.4, 0.9, 1.3, 2.0)
+    anchors = [(s, s * (1.0 + math.exp(-0.5) * s)) for s in sums]
+    fit = curve.fit_curve(_sweeps(), anchors)
+    assert fit.rms < 0.02
+    assert fit.power == pytest.approx(1.0, abs=0.1)
+    for name in ("q6_K", "iq3_k", "iq2_kt", "iq1_m"):
+        assert math.exp(fit.ln_gain[name]) == pytest.approx(shipped.measured()[name].gain, rel=0.08)
+    assert fit.scale["model-0"] == pytest.approx(0.04, rel=0.08)
+
+
+def test_one_broken_cell_changes_nothing() -> None:
+    """A sweep with one absurd value gives the same curve."""
+    sweeps = _sweeps()
+    clean = curve.fit_curve(sweeps, [(1.0, 1.6)])
+    sweeps[1].kld["iq3_k"] *= 9.0
+    dirty = curve.fit_curve(sweeps, [(1.0, 1.6)])
+    assert dirty.ln_gain["iq3_k"] == pytest.approx(clean.ln_gain["iq3_k"], abs=0.03)
+    assert dirty.n_models["iq3_k"] == clean.n_models["iq3_k"] - 1
+
+
+def _write_tables(root: Path) -> None:
+    """A table of Qwen3.5-0.8B with known shares: ffn_down twice ffn_up, a floor, a group."""
+    from quantmix.models.sources import load_model
+
+    model = load_model("qwen3.5-0.8b")
+    names = [t.name for t in model.tensors if t.quantizable]
+    cells = []
+    for t in model.tensors:
+        if t.quantizable:
+            value = {"ffn_down": 0.02, "ffn_up": 0.01}.get(t.role, 0.0)
+            # attn_k and attn_v of a layer were measured together: both hold the sum.
+            value = 0.03 if t.role in ("attn_k", "attn_v") else value
+            noise = 1e-7 * (t.layer or 0)
+            cells.append(f"{0.004 + value + noise:.7f}")
+    folder = root / "models" / "Qwen3.5-0.8B"
+    folder.mkdir(parents=True)
+    (folder / "kld_results.csv").write_text(
+        "QTYPE," + ",".join(names) + "\niq1_bn," + ",".join(["404"] * len(names))
+        + "\niq1_kt," + ",".join(cells) + "\n"
+    )  # fmt: skip
+
+
+def test_floor_and_groups_are_taken_out(tmp_path: Path) -> None:
+    """The noise floor is subtracted, a grouped value is split, shares keep their ratio."""
+    _write_tables(tmp_path)
+    found = tables.tensor_tables(tmp_path)
+    assert [t.type for t in found] == ["iq1_kt"]
+    fit = sensitivity.fit_sensitivity(found)
+    share = {r: s for (f, r), s in fit.share.items() if f == "hybrid"}
+    assert share["ffn_down"] / share["ffn_up"] == pytest.approx(2.0, rel=0.02)
+    assert share["attn_k"] / share["ffn_up"] == pytest.approx(1.5, rel=0.02)
+    assert share["ssm_out"] < 0.02 * share["ffn_up"]
+
+
+def test_shapes_over_depth_are_shrunk_towards_flat() -> None:
+    """Noise gives no shape; a strong rise gives a rise, but less than the data's."""
+    u = np.linspace(-1.0, 1.0, 40)
+    flat = sensitivity.fit_shape([(u, 1.0 + 0.1 * np.sin(37.0 * u))])
+    assert abs(flat.slope) < 0.1
+    steep = sensitivity.fit_shape([(u, np.exp(u) / np.exp(u).mean())])
+    assert 0.5 < steep.slope < 1.0
+
+
+def test_tables_need_a_folder_and_columns(tmp_path: Path) -> None:
+    """Missing inputs are named."""
+    with pytest.raises(BadFile, match="no model folders"):
+        tables.tensor_tables(tmp_path / "none")
+    file = tmp_path / "m.csv"
+    file.write_text("a,b\n")
+    with pytest.raises(BadFile, match="columns"):
+        tables.read_measurements(file)
+
+
+def test_curation_keeps_one_bench_and_current_code() -> None:
+    """Calibration text, superseded code and other models' weights stay out."""
+    row = dict.fromkeys(curate.COLUMNS, "")
+    row |= {"model": "DeepSeek-R1", "label": "Q4", "ppl": "3.4", "corpus": "wiki.test.raw",
+            "n_ctx": "512", "base_ppl_bf16_or_q8": "3.349"}  # fmt: skip
+    rows = [
+        row,
+        {**row, "corpus": "calibration.txt"},
+        {**row, "n_ctx": "2048"},
+        {**row, "label": "Q4 (before)"},
+        {**row, "model": "Somebody-7B"},
+    ]
+    kept = curate.curate(rows)
+    assert [(r["model"], r["label"]) for r in kept] == [("deepseek-r1", "Q4")]
+    assert curate.base_rows(kept)[0]["ppl"] == "3.349"

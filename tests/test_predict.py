@@ -1,0 +1,63 @@
+"""Predicting mixes that others made."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from quantmix import predict
+from quantmix.errors import BadFile, UnknownName, UsageError
+from quantmix.models.model import Model
+from quantmix.models.sources import load_model
+
+
+@pytest.fixture(scope="module")
+def r1() -> Model:
+    """DeepSeek-R1-0528."""
+    return load_model("deepseek-r1-0528")
+
+
+def test_a_uniform_mix_has_size_quality_and_roles(r1: Model) -> None:
+    """Roles add up to damage and bytes; fallbacks of short rows are named."""
+    found = predict.predict(r1, predict.uniform(r1, "iq3_k"))
+    assert sum(r["damage"] for r in found.roles.values()) == pytest.approx(found.quality.damage)
+    assert sum(r["bytes"] for r in found.roles.values()) == found.size.tensor_bytes
+    assert 3.4 < found.size.bpw < 3.5
+    assert {(asked, written) for _, asked, written in found.fallbacks} == {("iq3_k", "iq4_nl")}
+    assert not found.unmatched
+
+
+def test_rules_of_other_tools(tmp_path: Path, r1: Model) -> None:
+    """First match wins un-anchored; what no rule names is listed and kept."""
+    file = tmp_path / "mix.txt"
+    file.write_text("# mine\nblk\\..*_exps\\.=iq2_ks\nattn_=iq5_k\n")
+    found = predict.predict(r1, predict.read_mix(file, r1))
+    types = dict(zip([t.name for t in r1.tensors], found.types, strict=True))
+    assert types["blk.9.ffn_down_exps.weight"] == "iq2_ks"
+    assert types["blk.9.attn_output.weight"] == "iq5_k"
+    assert "output.weight" in found.unmatched
+    assert "blk.9.attn_norm.weight" not in found.unmatched
+
+
+def test_what_is_no_mix_is_refused(tmp_path: Path, r1: Model) -> None:
+    """Missing files, foreign rules and unknown types are told apart."""
+    with pytest.raises(BadFile):
+        predict.read_mix(tmp_path / "none", r1)
+    file = tmp_path / "mix.txt"
+    file.write_text("^nothing$=q8_0\n")
+    with pytest.raises(UsageError, match="is it for that model"):
+        predict.read_mix(file, r1)
+    with pytest.raises(UnknownName):
+        predict.uniform(r1, "q9")
+
+
+def test_the_command_prints_one_json_document(capsys: pytest.CaptureFixture[str]) -> None:
+    """`--json` gives size, quality, roles and unmatched, and nothing else on stdout."""
+    from quantmix.cli.predict import predict as command
+
+    command("qwen3.5-0.8b", uniform="iq4_ks", as_json=True, quiet=True)
+    doc = json.loads(capsys.readouterr().out)
+    assert {"size", "quality", "roles", "unmatched"} <= set(doc)
+    assert doc["quality"]["ppl_low"] < doc["quality"]["ppl"] < doc["quality"]["ppl_high"]
