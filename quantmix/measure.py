@@ -201,6 +201,7 @@ _PROBE_FIELDS = (
     "n_elements",
     "seconds",
     "fallbacks",
+    "tokens",
 )
 
 
@@ -232,7 +233,7 @@ def _open_results(run: Run, weights: WeightsFile, out: Path) -> Measurements:
             f"{out} was measured with another {', '.join(different)}: give another --out, "
             "or the same conditions to go on with it"
         )
-    return stored
+    return replace(stored, chunks=run.chunks)
 
 
 def _require_float(weights: WeightsFile, groups: Sequence[Group]) -> None:

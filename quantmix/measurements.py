@@ -8,9 +8,12 @@
      "probes": [{"scope": "role|band|tensor", "role": "ffn_down", "layers": [0, 1] or [],
                  "type": "iq2_xs", "kld": 0.337, "kld_err": 0.008, "ln_ratio": 0.34,
                  "ln_ratio_err": 0.01, "err": 0.09, "n_elements": 35389440, "seconds": 9.1,
-                 "fallbacks": 0}],
+                 "fallbacks": 0, "tokens": 2040}],
      "failed": [{"scope": …, "role": …, "layers": …, "type": …, "why": "…"}],
      "errors": [{"tensor": "blk.0.ffn_down.weight", "type": "iq2_xs", "err": 0.09}]}
+
+Top-level chunks, tokens, ppl_base and noise_floor are those of the latest run; a file may hold
+probes of several scopes and lengths of text, `tokens` of a probe says its own.
 
 `kld` (nats, against the unquantized model) is measured with everything else at `around`: the
 tensors of `role` in `layers` (empty: all layers, or a role without layers) at `type`. `err` is the
@@ -53,6 +56,7 @@ class Probe:
     n_elements: int
     seconds: float
     fallbacks: int = 0
+    tokens: int = 0
 
     @property
     def key(self) -> Key:
@@ -113,7 +117,7 @@ class Measurements:
 
     def same_conditions(self, other: Measurements) -> list[str]:
         """Return the names of the conditions in which two files differ; empty when comparable."""
-        names = ("model", "base", "engine", "corpus", "imatrix", "n_ctx", "chunks", "around")
+        names = ("model", "base", "engine", "corpus", "imatrix", "n_ctx", "around")
         return [n for n in names if getattr(self, n) != getattr(other, n)]
 
     def with_probe(self, probe: Probe) -> Measurements:

@@ -27,6 +27,9 @@ _CHUNK: Final = re.compile(r"\[(\d+)\]([0-9.]+|-?nan),")
 _CHUNKS: Final = re.compile(r"(?:calculating perplexity|computing) over (\d+) chunks")
 _VERSION: Final = re.compile(r"version: *(\S+) *\((\w+)\)")
 _FLAG: Final = re.compile(r"(?<![\w-])--?[a-zA-Z][\w-]*")
+_COMPLAINT: Final = re.compile(
+    r"invalid|error|fail|assert|missing|abort|not supported|cannot|unsupported", re.IGNORECASE
+)
 _LAST_LINES: Final = 5
 
 
@@ -119,8 +122,9 @@ def run(
 
 
 def failure(command: Sequence[str], status: int, lines: Sequence[str]) -> EngineError:
-    """Return an error with the program's last words."""
-    last = [line.strip() for line in lines if line.strip()][-_LAST_LINES:]
+    """Return an error with the lines that complain, or else the program's last words."""
+    said = [line.strip() for line in lines if line.strip()]
+    last = [line for line in said if _COMPLAINT.search(line)][:3] or said[-_LAST_LINES:]
     how = f"died of signal {-status}" if status < 0 else f"exited with {status}"
     return EngineError(f"{Path(command[0]).name} {how}: {' | '.join(last) or 'it printed nothing'}")
 

@@ -107,6 +107,8 @@ def task(request: dict[str, Any], emit: Emit) -> dict[str, Any]:
     left_out = files.write(made, request["out"])
     matrices = {n for n, (i, _, _) in weights.tensors.items() if _is_matrix(n, i.shape)}
     covered = {n for n in matrices if files.lookup(made, n)}
+    if "output.weight" in covered:  # an untied embedding is looked up, never multiplied
+        covered.add("token_embd.weight")
     return {
         "n_entries": len(made.entries) - len(left_out),
         "chunks": len(chunks),

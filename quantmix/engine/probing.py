@@ -99,6 +99,7 @@ def _probe(
         "ln_ratio_err": ratio.err,
         "err": sum(lost[n] * e for n, e in zip(names, elements, strict=True)) / sum(elements),
         "n_elements": sum(elements),
+        "tokens": len(result.nll),
         "fallbacks": sum(w != asked for w in written),
     }
 
