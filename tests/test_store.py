@@ -1,0 +1,113 @@
+"""The measurements store: durable, shared, honest about what it cannot read."""
+
+from __future__ import annotations
+
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from quantmix.errors import BadFile
+from quantmix.store import Measurement, Store, default_path
+
+
+def _row(**changes: object) -> Measurement:
+    values: dict[str, object] = {
+        "model": "m", "mix": "x", "data": "d", "model_name": "n", "file": "f", "corpus": "c",
+        "n_ctx": 512, "chunks": 2, "tokens": 510, "engine": "ik", "build": "1", "ctk": "f16",
+        "ctv": "f16", "tensor_bytes": 10, "bpw": 4.5, "ppl": 7.25, "ppl_err": 0.1, "seconds": 1.0,
+    }  # fmt: skip
+    return Measurement(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def test_rows_come_back_with_every_field(tmp_path: Path) -> None:
+    """A row read equals the row written, dictionaries and missing values included."""
+    row = _row(kld=0.5, kld_err=0.01, types={"t": "q4_K"}, predicted={"ppl": 7.0}, base="b")
+    with Store(tmp_path / "s.db") as store:
+        store.add(row)
+        store.add(_row(mix="y"))
+    with Store(tmp_path / "s.db") as store:
+        assert store.find(mix="x") == [row]
+        assert store.find(kld=None)[0].mix == "y"
+        assert len(store.find()) == 2
+
+
+_WRITER = """
+import sys
+sys.path.insert(0, {here!r})
+from test_store import _row
+from quantmix.store import Store
+with Store({path!r}) as store:
+    for i in range({n}):
+        store.add(_row(file="{tag}", chunks=i))
+        print(i, flush=True)
+"""
+
+
+def _writer(path: Path, tag: str, n: int) -> subprocess.Popen[str]:
+    code = _WRITER.format(here=str(Path(__file__).parent), path=str(path), n=n, tag=tag)
+    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+
+
+def test_several_processes_lose_nothing(tmp_path: Path) -> None:
+    """Three processes that write at once, into a store none of them found, keep all rows."""
+    writers = [_writer(tmp_path / "s.db", tag, 30) for tag in "abc"]
+    assert [w.wait(60) for w in writers] == [0, 0, 0]
+    with Store(tmp_path / "s.db") as store:
+        assert len(store.find()) == 90
+
+
+def test_a_kill_loses_no_committed_row(tmp_path: Path) -> None:
+    """Every row announced before kill -9 is there afterwards, and the store still works."""
+    writer = _writer(tmp_path / "s.db", "a", 100_000)
+    assert writer.stdout is not None
+    seen = [writer.stdout.readline() for _ in range(20)]
+    writer.send_signal(signal.SIGKILL)
+    writer.wait()
+    with Store(tmp_path / "s.db") as store:
+        assert len(store.find()) >= len(seen)
+        store.add(_row())
+
+
+def test_a_busy_store_is_waited_for(tmp_path: Path) -> None:
+    """A writer waits for another one's transaction instead of failing."""
+    Store(tmp_path / "s.db").close()
+    other = sqlite3.connect(tmp_path / "s.db", isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    writer = _writer(tmp_path / "s.db", "a", 1)
+    time.sleep(0.7)
+    assert writer.poll() is None
+    other.execute("COMMIT")
+    assert writer.wait(30) == 0
+
+
+def test_other_files_are_refused(tmp_path: Path) -> None:
+    """Noise, another program's database and a newer store are refused, untouched."""
+    noise = tmp_path / "noise.db"
+    noise.write_bytes(b"no database" * 200)
+    with pytest.raises(BadFile, match="--db"):
+        Store(noise)
+    foreign = tmp_path / "foreign.db"
+    with sqlite3.connect(foreign) as db:
+        db.execute("CREATE TABLE theirs (x)")
+    with pytest.raises(BadFile, match="not a measurements store"):
+        Store(foreign)
+
+
+def test_where_it_lives(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """QUANTMIX_DB overrides ~/.local/share/quantmix/measurements.db."""
+    monkeypatch.setenv("QUANTMIX_DB", str(tmp_path / "mine.db"))
+    assert default_path() == tmp_path / "mine.db"
+    monkeypatch.delenv("QUANTMIX_DB")
+    monkeypatch.delenv("XDG_DATA_HOME", raising=False)
+    assert default_path().parts[-4:] == (".local", "share", "quantmix", "measurements.db")
+
+
+def test_unknown_columns_are_a_bug(tmp_path: Path) -> None:
+    """Conditions are column names; anything else raises."""
+    with Store(tmp_path / "s.db") as store, pytest.raises(TypeError, match="no such column"):
+        store.find(colour="red")
