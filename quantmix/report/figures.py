@@ -1,9 +1,13 @@
-"""Figures of a recipe: memory per device, and the type of every tensor over the layers."""
+"""Figures by matplotlib: memory per device, types over the layers, perplexity against size."""
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quantmix.errors import UsageError
+from quantmix.report.svg import Scale
 from quantmix.units import GIB
 
 if TYPE_CHECKING:
@@ -23,8 +27,22 @@ _INK, _GRID = "#222222", "#DDDDDD"
 
 
 def save(figure: Figure, path: Any) -> None:
-    """Write a PNG without metadata, so that the same recipe gives the same bytes."""
-    figure.savefig(path, dpi=110, metadata={"Software": None})
+    """Write a PNG or SVG without metadata, so that the same recipe gives the same bytes.
+
+    Raises:
+        UsageError: the name ends neither in .png nor in .svg, or cannot be written.
+    """
+    from matplotlib import rc_context
+
+    kind = Path(path).suffix.lower()
+    if kind not in (".png", ".svg"):
+        raise UsageError(f"a figure ends in .png or .svg, not {kind or 'nothing'}: {path}")
+    metadata = {"Software": None} if kind == ".png" else {"Date": None, "Creator": None}
+    try:
+        with rc_context({"svg.hashsalt": "quantmix"}):
+            figure.savefig(path, dpi=110, metadata=metadata)
+    except OSError as err:
+        raise UsageError(f"cannot write {path}: {err.strerror}") from err
 
 
 def memory_figure(recipe: Recipe) -> Figure:
@@ -90,6 +108,82 @@ def types_figure(recipe: Recipe) -> Figure:
                 start = col
     figure.colorbar(image, ax=axes, label="bits per weight", pad=0.01)
     return figure
+
+
+def curve_figure(section: dict[str, Any]) -> Figure:
+    """Return the rise of perplexity against size, from a section of `report.data`."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8.4, 5.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    frontier = section["frontier"]
+    tops = []
+    if frontier:
+        tops = [p["ln_ppl_ratio"] for p in frontier["points"]]
+        _draw_frontier(axes, frontier)
+    spots = [
+        ([(p["tensor_bytes"], p["ln_ppl_ratio"]) for p in rows], mark, colour, label)
+        for rows, mark, colour, label in (
+            (frontier["published"] if frontier else [], "o", "#009E73", "published"),
+            ([m for m in section["measured"] if not m["ours"]], "s", _INK, "measured"),
+            ([m for m in section["measured"] if m["ours"]], "o", "#D55E00", "ours, measured"),
+            ([{"tensor_bytes": r["size"]["tensor_bytes"], **r["quality"]}
+              for r in section["recipes"]], "D", "#B0258B", "recipe, predicted"),
+        )
+    ]  # fmt: skip
+    for points, mark, colour, label in spots:
+        known = [(n, v) for n, v in points if v is not None]
+        tops += [v for _, v in known]
+        if known:
+            hollow = mark == "s" or label == "published"
+            axes.plot(
+                [n / GIB for n, _ in known],
+                [100 * math.expm1(v) for _, v in known],
+                mark,
+                color=colour,
+                markerfacecolor="white" if hollow else colour,
+                markersize=6,
+                label=label,
+            )
+    highest = 100 * math.expm1(max(tops, default=0.01))
+    axes.set(xscale="log", yscale="log", ylim=(max(0.1, highest / 1e4), highest * 1.3))
+    for axis, limits, most in ((axes.xaxis, axes.get_xlim(), 12), (axes.yaxis, axes.get_ylim(), 9)):
+        ticks = Scale(*limits, 0.0, 1.0, log=True).ticks(most)
+        axis.set_ticks(ticks, [f"{v:g}" for v in ticks])
+        axis.set_ticks([], minor=True)
+    axes.set_xlabel("size of the tensors, GiB")
+    axes.set_ylabel("rise of perplexity, %")
+    axes.set_title(f"{section['name']}: perplexity against size", loc="left")
+    _tidy(axes)
+    axes.grid(axis="y", color=_GRID, linewidth=0.8)
+    axes.legend(frameon=False)
+    return figure
+
+
+def _draw_frontier(axes: Any, frontier: dict[str, Any]) -> None:
+    points = frontier["points"]
+    sizes = [p["tensor_bytes"] / GIB for p in points]
+
+    def rises(key: str) -> list[float]:
+        return [100 * max(math.expm1(p[key]), 1e-9) for p in points]
+
+    if all(p["ln_ppl_ratio_low"] is not None for p in points):
+        axes.fill_between(
+            sizes,
+            rises("ln_ppl_ratio_low"),
+            rises("ln_ppl_ratio_high"),
+            color="#0072B2",
+            alpha=0.13,
+            linewidth=0,
+            label=f"{frontier['interval']:.0%} interval",
+        )
+    axes.plot(sizes, rises("ln_ppl_ratio"), color="#0072B2", linewidth=1.8, label="predicted")
+    at = frontier["knee"]
+    axes.plot(
+        sizes[at], rises("ln_ppl_ratio")[at], "|", color=_INK, markersize=16, label="knee"
+    )  # fmt: skip
 
 
 def role_grid(recipe: Recipe) -> tuple[list[str], list[list[float]], list[list[str]]]:
