@@ -1,0 +1,149 @@
+"""Measured against predicted."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent / "engine"))
+
+from mixes import mix_of, recipe_of
+from tiny import write_tiny
+
+from quantmix import verify
+from quantmix.engine.quantize import preflight, quantize
+from quantmix.engine.weights import open_weights
+from quantmix.errors import BadFile, CheckFailed
+from quantmix.recipe import Recipe
+from quantmix.store import Store
+from quantmix.texts import text
+
+pytestmark = pytest.mark.engine
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Recipe, Path]:
+    """Source, recipe folder with its quantized file, the recipe, a text."""
+    root = tmp_path_factory.mktemp("v")
+    source = write_tiny(root / "tiny.gguf")
+    recipe = recipe_of(source, mix_of(open_weights(source), lambda role, _: "q3_K"))
+    recipe = replace(
+        recipe,
+        quality=replace(
+            recipe.quality, damage=0.1, ln_ppl_ratio=0.1, ln_ppl_ratio_low=-5.0,
+            ln_ppl_ratio_high=5.0,
+        ),
+    )  # fmt: skip
+    folder = root / "recipe"
+    folder.mkdir()
+    (folder / "recipe.json").write_text(json.dumps(recipe.to_json()))
+    quantize(preflight(recipe, source, folder / "q.gguf"), threads=1)
+    words = root / "t.txt"
+    words.write_text(text("probe").read_text()[3000:6000])
+    return source, folder, recipe, words
+
+
+def _verify(made: Any, target: verify.Target, tmp_path: Path, **more: Any) -> verify.Verified:
+    return verify.verify(target, made[3], chunks=2, threads=1, db=tmp_path / "s.db", **more)
+
+
+def test_a_recipe_folder_finds_its_file_and_prediction(made: Any, tmp_path: Path) -> None:
+    """The prediction is the measured base PPL times exp(predicted ratio), and is judged."""
+    found = _verify(made, verify.find_target(made[1]), tmp_path, base=made[0])
+    ratio = found.evaluation.log_ratio
+    assert ratio is not None
+    base = found.evaluation.perplexity.ppl / math.exp(ratio.mean)
+    assert found.predicted is not None
+    assert found.predicted.ppl == pytest.approx(base * math.exp(0.1))
+    assert found.predicted.ppl_low == pytest.approx(base * math.exp(-5))
+    assert found.predicted.holds is True
+    document = json.loads(json.dumps(found.to_json(), allow_nan=False))
+    assert set(document) >= {
+        "ppl", "ppl_err", "nll", "n_ctx", "chunks", "tokens", "corpus", "kld", "ln_ppl_ratio",
+        "predicted", "engine", "seconds",
+    }  # fmt: skip
+    assert set(document["kld"]) >= {"mean", "err", "median", "p99", "max", "same_top"}
+
+
+def test_the_measurement_is_stored(made: Any, tmp_path: Path) -> None:
+    """The store gets a row keyed by model, mix, file, corpus and engine."""
+    found = _verify(made, verify.find_target(made[1]), tmp_path, base=made[0])
+    with Store(tmp_path / "s.db") as store:
+        (row,) = store.find()
+    assert row.ppl == found.evaluation.perplexity.ppl
+    assert row.kld is not None
+    assert row.model == open_weights(made[0]).model_fingerprint
+    assert row.base == open_weights(made[0]).data_fingerprint
+    assert row.types["blk.0.ffn_up.weight"] == "q3_K"
+    assert row.corpus == found.evaluation.corpus_sha256
+
+
+def test_a_missed_prediction_is_said(made: Any, tmp_path: Path) -> None:
+    """A measured value outside the interval makes `holds` False."""
+    recipe = made[2]
+    tight = replace(recipe.quality, ln_ppl_ratio_low=4.0, ln_ppl_ratio_high=5.0)
+    target = verify.Target(made[1] / "q.gguf", replace(recipe, quality=tight))
+    found = _verify(made, target, tmp_path, base=made[0])
+    assert found.predicted is not None
+    assert found.predicted.holds is False
+
+
+def test_a_file_that_is_not_the_recipes_is_refused(made: Any, tmp_path: Path) -> None:
+    """Verifying compares types first; a wrong file is exit 5 and stores nothing."""
+    with pytest.raises(CheckFailed, match="differs from the recipe"):
+        _verify(made, verify.Target(made[0], made[2]), tmp_path)
+    assert not (tmp_path / "s.db").exists()
+
+
+def test_a_recipe_without_file_names_the_command(made: Any, tmp_path: Path) -> None:
+    """A folder that was never quantized says what to run."""
+    (tmp_path / "recipe.json").write_text((made[1] / "recipe.json").read_text())
+    with pytest.raises(BadFile, match="quantmix quantize"):
+        verify.find_target(tmp_path)
+
+
+def _cli(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "quantmix.cli.main", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_the_commands_print_one_document(made: Any, tmp_path: Path) -> None:
+    """quantize, imatrix and verify each print exactly one JSON document on stdout."""
+    source, folder, _, words = made
+    matrix = tmp_path / "i.dat"
+    done = _cli("imatrix", str(source), "--corpus", str(words), "--out", str(matrix),
+                "--threads", "1", "--json", "--quiet")  # fmt: skip
+    assert json.loads(done.stdout)["entries"] == 15, done.stderr
+    done = _cli("quantize", str(folder), str(source), "--imatrix", str(matrix), "--out",
+                str(tmp_path / "q.gguf"), "--threads", "1", "--json", "--quiet")  # fmt: skip
+    document = json.loads(done.stdout)
+    assert (document["types_differing"], document["bytes_differing"]) == (0, 0)
+    done = _cli("verify", str(tmp_path / "q.gguf"), "--recipe", str(folder), "--corpus",
+                str(words), "--base", str(source), "--threads", "1", "--db",
+                str(tmp_path / "s.db"), "--json")  # fmt: skip
+    assert json.loads(done.stdout)["predicted"]["holds"] is True
+    assert "predicted" in done.stderr
+    assert "measured" in done.stderr
+
+
+def test_bad_input_ends_with_one_line_and_its_code(made: Any, tmp_path: Path) -> None:
+    """Missing files and short texts exit 2 with one line on stderr, none on stdout."""
+    source, _, _, words = made
+    short = tmp_path / "short.txt"
+    short.write_text("few words")
+    for arguments in (
+        ("verify", str(source), "--corpus", str(short)),
+        ("verify", str(tmp_path / "none.gguf"), "--corpus", str(words)),
+        ("imatrix", str(words), "--corpus", str(words)),
+    ):
+        done = _cli(*arguments, "--json")
+        assert done.returncode == 2, done.stderr
+        assert done.stdout == ""
+        assert len(done.stderr.strip().splitlines()) == 1
