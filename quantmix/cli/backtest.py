@@ -88,11 +88,37 @@ def _print(doc: dict[str, Any], kind: Kind, quiet: bool) -> None:
     regimes = doc.get("controls", {}).get("regimes")
     if regimes:
         out.print(_upright(regimes, "regime", Table(title="compute, by what decides the buffer")))
+    if kind is Kind.quality:
+        _print_quality(doc, out)
     wrong = [r for r in doc["rows"] if r.get("ok") is False]
     for row in wrong:
         out.print(f"off: {row['id']}: predicted {row['predicted']}, measured {row['measured']}")
     for why, n in Counter(s["why"] for s in doc["skipped"]).most_common():
         out.print(f"not judged: {n} x {why}", markup=False)
+
+
+def _print_quality(doc: dict[str, Any], out: Any) -> None:
+    """Controls, what stands apart, models left out, order of pairs, and where a control wins."""
+    from rich.table import Table
+
+    parts = {
+        "control: bits per weight only": doc["controls"]["bpw_only"]["bands"],
+        "control: type curve x parameter counts": doc["controls"]["by_size"]["bands"],
+        "whole models left out": doc["leave_model_out"]["bands"],
+        f"shown apart: {', '.join(doc['shown_apart']['models'])}": doc["shown_apart"]["bands"],
+    }
+    for title, bands in parts.items():
+        out.print(_upright(bands, "band", Table(title=title)))
+    order = doc["order"]
+    if order["n"]:
+        out.print(
+            f"order of {order['n']} pairs of one size: right in {order['ours']:.0%} "
+            f"[{order['ours_low']:.0%}, {order['ours_high']:.0%}], bpw only "
+            f"{order['bpw_only']:.0%}, parameter counts {order['by_size']:.0%}",
+            markup=False,
+        )
+    for line in doc["loses"]:
+        out.print(f"a control wins: {line}", markup=False)
 
 
 def _upright(rows: list[dict[str, Any]], head: str, table: Any) -> Any:
