@@ -66,6 +66,8 @@ class Design:
     solution: Solution
     palette: Palette
     placement: Placement | None
+    rig: Rig | None = None
+    cpu_expert_bytes: int = 0
 
 
 def design(
@@ -136,7 +138,14 @@ def _for_rig(
         options,
         loss,
         palette,
-        _Answer(plan.columns, plan.homes, plan.stage1, plan.problem, plan.constraints),
+        _Answer(
+            plan.columns,
+            plan.homes,
+            plan.stage1,
+            plan.problem,
+            plan.constraints,
+            plan.cpu_expert_bytes,
+        ),
         devices,
         speed,
         plan.placement,
@@ -178,6 +187,7 @@ class _Answer:
     solution: Solution
     problem: Problem
     constraints: tuple[str, ...]
+    cpu_expert_bytes: int = 0
 
 
 def _assemble(
@@ -215,7 +225,15 @@ def _assemble(
         speed=speed,
         flags=flags,
     )
-    return Design(recipe, answer.problem, answer.solution, palette, placement)
+    return Design(
+        recipe,
+        answer.problem,
+        answer.solution,
+        palette,
+        placement,
+        budget.rig,
+        answer.cpu_expert_bytes,
+    )
 
 
 def _mix(palette: Palette, columns: NDArray[np.int64]) -> list[GgmlType | None]:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from quantmix.budget import Budget
+from quantmix.least import Least
+from quantmix.memory.model import Placement
 from quantmix.memory.settings import Settings
 from quantmix.models.model import Model
 from quantmix.palette import Palette
-from quantmix.planner import Goals, Shortage, plan_on_rig
+from quantmix.placement import layer_weights, split_layers
+from quantmix.planner import Shortage, fits_at_all
 from quantmix.rig.device import Device, Rig
-from quantmix.solve.solver import Limits
 from quantmix.units import GIB, gib
 
 if TYPE_CHECKING:
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
 _HUNDREDTH = GIB // 100
 _MOST_GIB = 1 << 14
 
-Fits = Callable[[Rig, Settings], bool]
+_CONFIRMATIONS = 5
 
 
 def explain(
@@ -39,41 +41,67 @@ def explain(
             f"the smallest that works is --vram {_up(need)}G"
         )
 
-    def fits(some: Rig, settings: Settings) -> bool:
-        return _fits(model, palette, options, some, settings)
-
+    judge = _Judge(model, palette, options)
     parts = [f"{model.id} does not fit {budget.label}"]
     if shortage.missing_bytes:
         short = ", ".join(f"{d} {gib(b)}" for d, b in shortage.missing_bytes.items())
         parts[0] += f": short by {short} at the smallest types"
     if options.min_tps is not None:
         parts.append(f"at --min-tps {options.min_tps:g}")
-    mends = [m for m in (_smallest_gpus(rig, budget, fits), _smallest_ram(rig, budget, fits)) if m]
+    mends = [
+        m
+        for m in (
+            _smallest_gpus(rig, budget.settings, judge),
+            _smallest_ram(rig, budget.settings, judge),
+        )
+        if m
+    ]
     if mends:
         parts.append("the smallest that works is " + " or ".join(mends))
-    easier = _relaxations(model, budget, options, rig, fits)
+    easier = _relaxations(budget, rig, judge)
     if easier:
         parts.append(f"with the same rig: {' or '.join(easier)}")
     return "; ".join(parts)
 
 
-def _fits(model: Model, palette: Palette, options: Options, rig: Rig, settings: Settings) -> bool:
-    """Whether any mix fits a rig; the search stops at the first that does."""
-    from quantmix import timing
-    from quantmix.errors import UsageError
+@dataclass(frozen=True)
+class _Judge:
+    """Says whether a rig can hold the model: quickly, or by searching."""
 
-    times = timing.of(model, palette, rig, settings, options.min_tps)
-    goals = Goals(limits=Limits(gap=0.5, seconds=0.0))
-    try:
-        found = plan_on_rig(model, palette, rig, settings, times, goals)
-    except UsageError:
-        return False
-    return not isinstance(found, Shortage)
+    model: Model
+    palette: Palette
+    options: Options
+
+    def may(self, rig: Rig, settings: Settings) -> bool:
+        """Whether the smallest types fit with some of the first layers wholly in RAM."""
+        least = Least.of(self.model, self.palette)
+        n = self.model.hparams.n_layer
+        shares = (0, n // 8, n // 4, n // 2, 3 * n // 4, n) if rig.has_ram else (0,)
+        weights = layer_weights(self.model, n)
+        capacities = [float(g.capacity_bytes or 0) for g in rig.gpus]
+        last = len(rig.gpus) - 1
+        return any(
+            least.spilled(
+                rig, settings, Placement(split_layers(weights, capacities, host_layers=k), last)
+            )
+            is not None
+            for k in dict.fromkeys(shares)
+        )
+
+    def does(self, rig: Rig, settings: Settings) -> bool:
+        """Whether the search finds a mix that fits, at the speed asked for."""
+        from quantmix import timing
+        from quantmix.errors import UsageError
+
+        times = timing.of(self.model, self.palette, rig, settings, self.options.min_tps)
+        try:
+            return fits_at_all(self.model, self.palette, rig, settings, times)
+        except UsageError:
+            return False
 
 
-def _smallest_gpus(rig: Rig, budget: Budget, fits: Fits) -> str | None:
+def _smallest_gpus(rig: Rig, settings: Settings, judge: _Judge) -> str | None:
     """Return the `--gpus` line of as many equal cards with the least whole GiB each."""
-    n = len(rig.gpus)
 
     def of(size_gib: int) -> Rig:
         cards = tuple(
@@ -81,37 +109,45 @@ def _smallest_gpus(rig: Rig, budget: Budget, fits: Fits) -> str | None:
         )
         return replace(rig, gpus=cards)
 
-    least = _least(lambda size: fits(of(size), budget.settings), 1)
-    return None if least is None else f"--gpus {n}x{least}GiB"
+    least = _least(of, settings, judge, 1)
+    return None if least is None else f"--gpus {len(rig.gpus)}x{least}GiB"
 
 
-def _smallest_ram(rig: Rig, budget: Budget, fits: Fits) -> str | None:
+def _smallest_ram(rig: Rig, settings: Settings, judge: _Judge) -> str | None:
     """Return the least whole GiB of RAM that works behind the same GPUs."""
 
     def of(size_gib: int) -> Rig:
         return replace(rig, host=replace(rig.host, capacity_bytes=size_gib * GIB))
 
-    least = _least(lambda size: fits(of(size), budget.settings), 8)
+    least = _least(of, settings, judge, 8)
     return None if least is None else f"--ram {least}G"
 
 
-def _least(works: Callable[[int], bool], start: int) -> int | None:
-    """Return the least whole number at which `works` holds, by doubling and bisection."""
+def _least(of: Callable[[int], Rig], settings: Settings, judge: _Judge, start: int) -> int | None:
+    """Return the least whole GiB that works: bisected quickly, then confirmed by the search."""
     high = start
-    while not works(high):
+    while not judge.may(of(high), settings):
         high *= 2
         if high > _MOST_GIB:
             return None
     low = high // 2 if high > start else 0
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if works(middle) else (middle, high)
-    return high
+        low, high = (low, middle) if judge.may(of(middle), settings) else (middle, high)
+    for _ in range(_CONFIRMATIONS):
+        if judge.does(of(high), settings):
+            return high
+        high += max(1, high // 50)
+    return None
 
 
-def _relaxations(model: Model, budget: Budget, options: Options, rig: Rig, fits: Fits) -> list[str]:
+def _relaxations(budget: Budget, rig: Rig, judge: _Judge) -> list[str]:
     """Return single flags that make the same rig work."""
-    settings = budget.settings
+    settings, options = budget.settings, judge.options
+
+    def fits(some: Rig, other: Settings) -> bool:
+        return judge.may(some, other) and judge.does(some, other)
+
     found = []
     if settings.ctk == "f16" and fits(rig, replace(settings, ctk="q8_0", ctv="q8_0")):
         found.append("--ctk q8_0 --ctv q8_0")
@@ -123,9 +159,10 @@ def _relaxations(model: Model, budget: Budget, options: Options, rig: Rig, fits:
         from quantmix.palette import build
 
         limits = replace(options.limits, allow_slow_cpu=True)
-        loss = load(model, engine=settings.engine, imatrix=limits.imatrix)
-        wider = build(model, loss, settings.engine, limits)
-        if _fits(model, wider, replace(options, limits=limits), rig, settings):
+        loss = load(judge.model, engine=settings.engine, imatrix=limits.imatrix)
+        wider = build(judge.model, loss, settings.engine, limits)
+        other = _Judge(judge.model, wider, replace(options, limits=limits))
+        if other.may(rig, settings) and other.does(rig, settings):
             found.append("--allow-slow-cpu")
     return found
 

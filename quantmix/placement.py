@@ -7,6 +7,16 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from quantmix.memory.model import HOST
+from quantmix.models.model import Model
+
+
+def layer_weights(model: Model, n_blocks: int) -> list[float]:
+    """Return weights of the blocks by parameters, routed experts counted at a quarter."""
+    weights = [0.0] * n_blocks
+    for t in model.tensors:
+        if t.layer is not None and t.layer < n_blocks:
+            weights[t.layer] += t.n_elements * (1.0 if t.active_fraction == 1.0 else 0.25)
+    return weights
 
 
 def split_layers(

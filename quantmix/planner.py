@@ -18,12 +18,19 @@ from numpy.typing import NDArray
 
 from quantmix.choices import Choices, build_choices, movable_roles, to_problem
 from quantmix.errors import UsageError
+from quantmix.least import Least
 from quantmix.memory.model import HOST, DeviceMemory, Placement
 from quantmix.memory.plan import device_memory
 from quantmix.memory.settings import Settings
 from quantmix.models.model import Model
 from quantmix.palette import Palette
-from quantmix.placement import move_boundary, number_ranges, ranges, split_layers
+from quantmix.placement import (
+    layer_weights,
+    move_boundary,
+    number_ranges,
+    ranges,
+    split_layers,
+)
 from quantmix.rig.device import Rig
 from quantmix.solve.problem import FloatArray, IntArray, Problem, Solution
 from quantmix.solve.solver import Limits, relax, solve
@@ -32,6 +39,7 @@ from quantmix.units import GIB
 
 _BOUNDARY_TRIES = 8
 _PRICE_RATIO = 1.25
+_HOST_LAYER_TRIES = 6
 _WORTH_ROUNDING_UP = 0.2  # of a layer; below it one more layer will not fit
 _QUICK = Limits(gap=2e-3, seconds=0.0)  # to compare placements
 _SLACK_NATS, _SLACK_SHARE = 0.003, 0.02  # CONTRACT §2: quality slack of stage 2
@@ -193,23 +201,41 @@ class _Search:
 
     def _least_host_layers(self) -> _Tried:
         """Leave as few first layers wholly in RAM as the rest needs to fit, usually none."""
-        best = self._hybrid(0)
-        if best.fits:
-            return best
-        low, high = 0, self.model.hparams.n_layer
-        found = self._hybrid(high)
-        if not found.fits:
-            return best
-        while high - low > 1:
-            middle = (low + high) // 2
-            tried = self._hybrid(middle)
-            if tried.fits:
-                found, high = tried, middle
-            else:
-                low = middle
+        packed = self._packed()
+        if not packed:
+            return self._hybrid(0, None)
+        best = self._hybrid(*packed[0])
+        for host_layers, spilled in packed[1:_HOST_LAYER_TRIES]:
+            if best.fits:
+                break
+            best = self._hybrid(host_layers, spilled)
+        return best
+
+    def feasible(self) -> bool:
+        """Whether any mix fits; one quick solve for each way of packing the smallest types."""
+        if not self.rig.has_ram:
+            return self._resident(0).fits
+        even = self._even_weights()
+        for host_layers, spilled in self._packed()[:_HOST_LAYER_TRIES]:
+            placement = replace(self._placement(even, host_layers), cpu_experts=spilled)
+            if self._solve(placement, _QUICK).fits:
+                return True
+        return False
+
+    def _packed(self) -> list[tuple[int, frozenset[int]]]:
+        """Return (layers wholly in RAM, experts spilled to RAM) that hold the smallest types."""
+        least = Least.of(self.model, self.palette)
+        even = self._even_weights()
+        found = []
+        for k in range(self.model.hparams.n_layer + 1):
+            spilled = least.spilled(self.rig, self.settings, self._placement(even, k))
+            if spilled is not None:
+                found.append((k, spilled))
+                if len(found) == _HOST_LAYER_TRIES:
+                    break
         return found
 
-    def _hybrid(self, host_layers: int) -> _Tried:
+    def _hybrid(self, host_layers: int, spilled: frozenset[int] | None) -> _Tried:
         """Decide which layers' experts go to RAM, then solve for types with homes fixed.
 
         The relaxed problem with movable experts says how many layers each GPU keeps; the first
@@ -221,7 +247,9 @@ class _Search:
         keep = [int(n + 1e-6) for n in wanted]
         best = self._solve(self._keeping(placement, movable, keep), _QUICK)
         if not best.fits:
-            return best
+            if spilled is None:
+                return best
+            return self._solve(replace(placement, cpu_experts=spilled), _QUICK)
         cost = self._cost(best)
         for gpu, n in enumerate(wanted):
             if n - keep[gpu] < _WORTH_ROUNDING_UP:
@@ -327,12 +355,7 @@ class _Search:
         return h.n_layer + (h.nextn_layers if self.settings.mtp and h.nextn_in_gguf else 0)
 
     def _even_weights(self) -> list[float]:
-        """Weights of the blocks by parameters, experts counted at a quarter."""
-        weights = np.zeros(self._n_blocks())
-        for t in self.model.tensors:
-            if t.layer is not None and t.layer < len(weights):
-                weights[t.layer] += t.n_elements * (1.0 if t.active_fraction == 1.0 else 0.25)
-        return [float(w) for w in weights]
+        return layer_weights(self.model, self._n_blocks())
 
     def _memory(self, placement: Placement) -> tuple[DeviceMemory, ...]:
         """Return device memory that bounds every subset of `cpu_experts` moving to RAM."""
@@ -404,6 +427,13 @@ class _Search:
             int(best.choices.level[rows, solution.choice].max()),
             best.problem.constraints,
         )
+
+
+def fits_at_all(
+    model: Model, palette: Palette, rig: Rig, settings: Settings, timing: Timing
+) -> bool:
+    """Whether any mix fits `rig` at the speed asked for; much cheaper than a plan."""
+    return _Search(model, palette, rig, settings, timing, Goals()).feasible()
 
 
 def _shortage(tried: _Tried) -> Shortage:

@@ -21,7 +21,9 @@ from quantmix.palette import TypeLimits
 from quantmix.planner import Goals
 from quantmix.recipe import Recipe
 from quantmix.solve.solver import Limits
+from quantmix.units import gib
 
+_DEFAULT_UBATCH = 512
 PROFILES = {"generate": 512, "prompt": 4096}
 """ubatch per profile: speed-model §3, prompt speed grows nearly linearly up to 4096."""
 
@@ -147,8 +149,31 @@ def fulfil(
         folder=folder,
         seconds=time.perf_counter() - started,
         solve_seconds=solved,
-        notes=(*notes, *more),
+        notes=(*notes, *more, *_profile_note(request, model, found)),
     )
+
+
+def _profile_note(request: Request, model: Model, found: Design) -> tuple[str, ...]:
+    """Say what the ubatch of a profile costs on each GPU, against the default of 512."""
+    settings = found.recipe.settings
+    if request.profile is None or found.rig is None or found.placement is None:
+        return ()
+    if settings.ubatch == _DEFAULT_UBATCH:
+        return ()
+    from quantmix.memory.plan import device_memory
+
+    largest = found.cpu_expert_bytes
+    prices = []
+    for ours, theirs in zip(
+        device_memory(model, settings, found.rig, found.placement),
+        device_memory(model, replace(settings, ubatch=_DEFAULT_UBATCH), found.rig, found.placement),
+        strict=True,
+    ):
+        more = ours.fixed_bytes(largest) - theirs.fixed_bytes(largest)
+        if more and ours.name != found.rig.host.name:
+            prices.append(f"{gib(more)} on {ours.name}")
+    what = f"profile {request.profile}: ubatch {settings.ubatch}"
+    return (f"{what} costs {', '.join(prices)} more than {_DEFAULT_UBATCH}",) if prices else (what,)
 
 
 def dump_problem(found: Design, path: Path) -> None:

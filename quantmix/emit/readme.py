@@ -7,15 +7,11 @@ from collections import defaultdict
 from typing import TYPE_CHECKING
 
 from quantmix.emit.rules import section_of
+from quantmix.sources import CREDIT
 from quantmix.units import gib
 
 if TYPE_CHECKING:
     from quantmix.recipe import Quality, Recipe
-
-CREDIT = (
-    "Sensitivity priors fitted from measurements by Thireus and the contributors of "
-    "GGUF Tool Suite."
-)
 
 
 def readme(recipe: Recipe) -> str:

@@ -1,0 +1,93 @@
+"""Whether anything fits at all: the smallest types, placed in closed form, in milliseconds.
+
+Used to skip searches that cannot succeed and to find the smallest budgets by bisection. It says
+"may fit" for a rig that only the full search can judge (speed limits, ties); the caller confirms.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quantmix.choices import in_ram, movable_roles, tensor_homes
+from quantmix.memory.model import HOST, Placement
+from quantmix.memory.plan import device_memory
+from quantmix.memory.settings import Settings
+from quantmix.models.model import Model
+from quantmix.palette import Palette
+from quantmix.rig.device import Rig
+
+
+@dataclass(frozen=True)
+class Least:
+    """Smallest bytes of every tensor on a GPU and in RAM, +inf where no type may live."""
+
+    model: Model
+    gpu: NDArray[np.float64]
+    cpu: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, model: Model, palette: Palette) -> Least:
+        """Return the minima of a palette."""
+
+        def smallest(columns: NDArray[np.bool_]) -> NDArray[np.float64]:
+            allowed = palette.allowed & columns[None, :]
+            least = np.where(allowed, palette.bytes, np.inf).min(axis=1, initial=np.inf)
+            return np.where(palette.kept_bytes > 0, palette.kept_bytes, least)
+
+        cpu = smallest(palette.cpu)
+        anywhere = smallest(np.ones_like(palette.cpu))
+        embeds = np.array([t.role == "token_embd" for t in model.tensors])
+        return cls(model, smallest(palette.gpu), np.where(embeds, anywhere, cpu))
+
+    def spilled(self, rig: Rig, settings: Settings, placement: Placement) -> frozenset[int] | None:
+        """Return which layers' experts must go to RAM at the smallest types; None: does not fit."""
+        roles = movable_roles(self.model)
+        layers = range(len(placement.layer_device))
+        movable = frozenset(i for i in layers if rig.has_ram and placement.layer_device[i] != HOST)
+        movers = in_ram(self.model, replace(placement, cpu_experts=movable))
+        movers &= np.array([t.role in roles for t in self.model.tensors])
+        homes = tensor_homes(self.model, placement)
+        loaded = np.array([t.loaded for t in self.model.tensors])
+        memory = device_memory(self.model, settings, rig, replace(placement, cpu_experts=movable))
+        level = int(np.max(np.where(movers, self.cpu, 0.0), initial=0.0)) if movable else 0
+        fixed = [float(m.fixed_bytes(level)) for m in memory]
+        out: set[int] = set()
+        ram = fixed[-1] + self.cpu[loaded & (homes == HOST)].sum()
+        for gpu, device in enumerate(rig.gpus):
+            here = loaded & (homes == gpu)
+            free = (device.capacity_bytes or 0) - fixed[gpu] - self.gpu[here & ~movers].sum()
+            if memory[gpu].duplicate_embedding:
+                free -= self._embedding()
+            if free < 0:
+                return None
+            layers_out, n_bytes = self._overflow(here & movers, float(free))
+            ram += n_bytes
+            out |= layers_out
+        capacity = rig.host.capacity_bytes
+        fits = ram <= capacity if capacity is not None else np.isfinite(ram)
+        return frozenset(out) if fits else None
+
+    def _overflow(self, movers: NDArray[np.bool_], free: float) -> tuple[set[int], float]:
+        """Return the layers whose experts a GPU with `free` bytes cannot hold, and their bytes."""
+        by_layer: dict[int, tuple[float, float]] = {}
+        for i in np.nonzero(movers)[0]:
+            layer = self.model.tensors[i].layer or 0
+            gpu, cpu = by_layer.get(layer, (0.0, 0.0))
+            by_layer[layer] = (gpu + float(self.gpu[i]), cpu + float(self.cpu[i]))
+        spilled = 0.0
+        out: set[int] = set()
+        for layer, (gpu, cpu) in sorted(by_layer.items()):
+            if gpu <= free:
+                free -= gpu
+            else:
+                spilled += cpu
+                out.add(layer)
+        return out, spilled
+
+    def _embedding(self) -> float:
+        return float(
+            sum(self.gpu[i] for i, t in enumerate(self.model.tensors) if t.role == "token_embd")
+        )
