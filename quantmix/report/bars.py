@@ -12,11 +12,21 @@ from quantmix.report.words import say
 from quantmix.units import GIB
 
 
-def memory_chart(devices: Sequence[dict[str, Any]], width: int, prefix: str) -> str:
+def memory_charts(devices: Sequence[dict[str, Any]], width: int, prefix: str) -> list[str]:
+    """Return one bar per device; RAM that dwarfs the GPUs gets a drawing and a scale of its own."""
+    places = list(enumerate(devices))
+    gpus = [p for p in places if p[1]["kind"] == "gpu"]
+    hosts = [p for p in places if p[1]["kind"] != "gpu"]
+    if gpus and hosts and _widest(hosts) > 2 * _widest(gpus):
+        return [_memory_chart(gpus, width, prefix), _memory_chart(hosts, width, prefix)]
+    return [_memory_chart(places, width, prefix)]
+
+
+def _memory_chart(places: Sequence[tuple[int, dict[str, Any]]], width: int, prefix: str) -> str:
     """Return one bar per device, its components in order, and its capacity as a line."""
     left, row, top = 52, 34, 4
-    widest = max(max(d["capacity_bytes"] or 0, _used(d)) for d in devices) / GIB or 1.0
-    x = Scale(0.0, widest, left, width - 12)
+    devices = [d for _, d in places]
+    x = Scale(0.0, _widest(places), left, width - 12)
     height = top + row * len(devices) + 38
     foot = top + row * len(devices) + 2
     parts = []
@@ -25,8 +35,8 @@ def memory_chart(devices: Sequence[dict[str, Any]], width: int, prefix: str) -> 
         parts.append(tag("line", x1=at, x2=at, y1=top, y2=foot, class_="grid"))
         parts.append(text(at, foot + 14, f"{v:g}", "tick", "middle"))
     parts.append(text((left + width - 12) / 2, height - 4, "GiB", "axis", "middle"))
-    for i, d in enumerate(devices):
-        y = top + row * i + 6
+    for k, (i, d) in enumerate(places):
+        y = top + row * k + 6
         parts.append(text(left - 8, y + 15, d["name"], "name", "end"))
         before = 0.0
         for key, label, _ in COMPONENTS:
@@ -153,8 +163,12 @@ def _cell(
     return hover(body, title, f"{prefix}{i}")
 
 
+def _widest(places: Sequence[tuple[int, dict[str, Any]]]) -> float:
+    return max(max(d["capacity_bytes"] or 0, _used(d)) for _, d in places) / GIB or 1.0
+
+
 def _used(d: dict[str, Any]) -> int:
     return int(sum(d[key] for key, _, _ in COMPONENTS))
 
 
-__all__ = ["composition_chart", "damage_chart", "legend", "memory_chart", "type_map"]
+__all__ = ["composition_chart", "damage_chart", "legend", "memory_charts", "type_map"]

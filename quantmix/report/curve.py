@@ -61,7 +61,7 @@ def rise_spots(section: dict[str, Any], prefix: str) -> list[Spot]:
             f"{say(q['ln_ppl_ratio'], 'rise')}, predicted"
         )
         spots.append(Spot(r["size"]["tensor_bytes"], q["ln_ppl_ratio"], "recipe", title,
-                          f"{prefix}recipes.{i}", r["budget"] or r["name"]))  # fmt: skip
+                          f"{prefix}recipes.{i}", _tag(section, r)))  # fmt: skip
     return spots
 
 
@@ -109,7 +109,7 @@ def kld_chart(section: dict[str, Any], width: int, height: int, prefix: str = "s
         q = r["quality"]
         title = f"{r['name']}: damage {say(q['damage'], 'nats')}, predicted"
         spots.append(Spot(r["size"]["tensor_bytes"], q["damage"], "recipe", title,
-                          f"{prefix}recipes.{i}", r["budget"] or r["name"]))  # fmt: skip
+                          f"{prefix}recipes.{i}", _tag(section, r)))  # fmt: skip
     sizes = [s.n_bytes for s in spots] + [p["tensor_bytes"] for p in points]
     chart = _Chart.around(
         width, height, sizes, [s.value for s in spots] + [p["damage"] for p in points], right=12
@@ -121,6 +121,13 @@ def kld_chart(section: dict[str, Any], width: int, height: int, prefix: str = "s
     curve = [(p["tensor_bytes"], p["damage"]) for p in points]
     parts += _marks(chart, [(s, s.value) for s in spots], curve)
     return drawing(width, height, "Measured KLD and predicted damage against size", parts, "chart")
+
+
+def _tag(section: dict[str, Any], recipe: dict[str, Any]) -> str:
+    """What stands beside the mark of a recipe."""
+    if len(section["recipes"]) == 1:
+        return "this recipe"
+    return str(recipe["budget"] or recipe["name"])
 
 
 def residual_chart(
@@ -261,11 +268,11 @@ def _marks(
     chart: _Chart, spots: Sequence[tuple[Spot, float]], line: Sequence[tuple[int, float]]
 ) -> list[str]:
     """Marks, error bars and the numbers beside them, which keep off marks and `line`."""
-    labels = Labels(chart.width, chart.y.start)
+    labels = Labels(chart.width, chart.y.start, chart.x.start)
     for (n, a), (m, b) in pairwise(line):
         for k in range(4):
             at = n + k * (m - n) / 4
-            labels.take(chart.x.at(at / GIB), chart.y.at(a + k * (b - a) / 4), 1.5)
+            labels.take(chart.x.at(at / GIB), chart.y.at(a + k * (b - a) / 4), 1.5, line=True)
     placed = [(s, chart.x.at(s.n_bytes / GIB), chart.y.at(max(v, 1e-12)), v) for s, v in spots]
     for spot, x, y, value in placed:
         labels.take(x, y - 4 * (value < chart.y.low), 6.5 if spot.kind == "recipe" else 3.5)

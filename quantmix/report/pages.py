@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from quantmix.report.bars import composition_chart, damage_chart, memory_chart
+from quantmix.report.bars import composition_chart, damage_chart, memory_charts
 from quantmix.report.html import Book, both, called, facts, figure, keys, page, table
 from quantmix.report.markdown import card_table, mix_table
 from quantmix.report.sections import (
@@ -179,9 +179,8 @@ def _memory(book: Book, at: str, title: str = "Memory") -> list[str]:
     devices = book.value(at)
     if not devices:
         return []
-    chart = both(
-        memory_chart(devices, WIDE, f"{at}."), memory_chart(devices, NARROW, f"{at}.")
-    )  # fmt: skip
+    wide, narrow = (memory_charts(devices, width, f"{at}.") for width in (WIDE, NARROW))
+    chart = "".join(both(a, b) for a, b in zip(wide, narrow, strict=True))
     return [
         f"<h2>{escape(title)}</h2>",
         figure(chart + memory_keys(devices)),
@@ -226,7 +225,8 @@ def _proof(book: Book) -> list[str]:
     lines = [
         f"<p>No mix under these constraints does less than "
         f"{book.num(f'{o}.lower_bound', 'nats')} nats; this one does "
-        f"{book.num(f'{o}.objective', 'nats')} (gap {book.num(f'{o}.gap', 'gap')}).</p>"
+        f"{book.num(f'{o}.objective', 'nats')} (gap {book.num(f'{o}.gap', 'gap')})."
+        f"{_slack(recipe)}</p>"
     ]
     prices = recipe["optimality"]["prices"]
     if prices:
@@ -248,6 +248,14 @@ def _proof(book: Book) -> list[str]:
             "<p>Constraints: " + "; ".join(f"<code>{escape(c)}</code>" for c in items) + ".</p>"
         )
     return ["<h2>Proof</h2>", *lines]
+
+
+def _slack(recipe: dict[str, Any]) -> str:
+    """Say why a gap is wide where RAM is used: damage was given for speed (stage 2)."""
+    in_ram = any(d["kind"] != "gpu" and d["capacity_bytes"] for d in recipe["devices"])
+    if not in_ram or recipe["optimality"]["gap"] < 0.01:
+        return ""
+    return " The difference was given up for speed, within the quality slack."
 
 
 def _commands(recipe: dict[str, Any]) -> list[str]:

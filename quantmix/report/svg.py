@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from html import escape
+from itertools import product
 from typing import Any, Final
 
 # From coarse to fine: which multiples of a power of ten may carry a tick.
@@ -92,11 +93,14 @@ class Labels:
 
     width: float
     height: float
+    left: float = 0.0
     boxes: list[tuple[float, float, float, float]] = field(default_factory=list)
+    lines: list[tuple[float, float, float, float]] = field(default_factory=list)
 
-    def take(self, x: float, y: float, radius: float) -> None:
-        """Keep labels off a mark."""
-        self.boxes.append((x - radius, y - radius, x + radius, y + radius))
+    def take(self, x: float, y: float, radius: float, *, line: bool = False) -> None:
+        """Keep labels off a mark; off a `line` only while there is room elsewhere."""
+        where = self.lines if line else self.boxes
+        where.append((x - radius, y - radius, x + radius, y + radius))
 
     def place(self, x: float, y: float, content: str, size: float, gap: float = 7.0) -> str | None:
         """Return the label as text, or None when every place near (x, y) is taken."""
@@ -110,10 +114,15 @@ class Labels:
             (x + gap * 0.7, y + gap * 0.7 + h * 0.75),
             (x - w - gap * 0.7, y - gap * 0.7),
         )
-        for left, base in places:
+        for taken, (left, base) in product((self.boxes + self.lines, self.boxes), places):
             box = (left, base - h * 0.8, left + w, base + h * 0.15)
-            inside = box[0] >= 0 and box[2] <= self.width and box[1] >= 0 and box[3] <= self.height
-            if inside and not any(_overlap(box, other) for other in self.boxes):
+            inside = (
+                box[0] >= self.left
+                and box[2] <= self.width
+                and box[1] >= 0
+                and box[3] <= self.height
+            )
+            if inside and not any(_overlap(box, other) for other in taken):
                 self.boxes.append(box)
                 return text(left, base, content, "label")
         return None
