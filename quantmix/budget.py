@@ -48,12 +48,15 @@ class Budget:
         ram_reserve: str | None = None,
         reserve: str | None = None,
         desktop: bool = False,
+        cpu: str | None = None,
+        cpu_cores: int | None = None,
         **settings: Any,
     ) -> Budget:
         """Cards by name or size (`2xrtx-5090,2x24G`), in CUDA order, with RAM behind them."""
         from quantmix.rig.rigs import parse_gpus
 
         rig = with_ram(parse_gpus(gpus), ram, ram_reserve, reserve, desktop)
+        rig = with_cpu(rig, cpu, cpu_cores)
         label = gpus.replace(",", "+").replace(" ", "") + (f"-{ram.strip()}" if ram else "")
         return cls(label, make_settings(**settings), rig=rig)
 
@@ -66,12 +69,15 @@ class Budget:
         ram_reserve: str | None = None,
         reserve: str | None = None,
         desktop: bool = False,
+        cpu: str | None = None,
+        cpu_cores: int | None = None,
         **settings: Any,
     ) -> Budget:
         """A rig of the field by name, or one described in a TOML file."""
         from quantmix.rig.rigs import load_rig
 
         rig = with_ram(load_rig(name), ram, ram_reserve, reserve, desktop)
+        rig = with_cpu(rig, cpu, cpu_cores)
         return cls(rig.name or name, make_settings(**settings), rig=rig)
 
     @classmethod
@@ -128,6 +134,26 @@ def with_ram(
     return replace(
         rig, gpus=gpus, host=host, desktop=rig.desktop or desktop, ram_reserve_bytes=set_aside
     )
+
+
+def with_cpu(rig: Rig, cpu: str | None, cores: int | None) -> Rig:
+    """Return `rig` with the memory of a known CPU platform, which the speed model needs.
+
+    Raises:
+        UnknownName: no such platform; `quantmix rigs` lists them.
+        UsageError: not a number of cores.
+    """
+    from quantmix.rig.cards import find_card
+
+    if cores is not None and cores <= 0:
+        raise UsageError(f"--cpu-cores {cores} must be above zero")
+    if cpu is None:
+        return rig if cores is None else replace(rig, cpu_cores=cores)
+    card = find_card(cpu, "cpu")
+    host = replace(
+        rig.host, card=card.key, bandwidth_gbs=card.bandwidth_gbs, efficiency=card.efficiency
+    )
+    return replace(rig, host=host, cpu_cores=cores or rig.cpu_cores, cpu_class=card.key)
 
 
 _CACHE_TYPES = (

@@ -41,6 +41,8 @@ class Request:
     ram_reserve: str | None = None
     reserve: str | None = None
     desktop: bool = False
+    cpu: str | None = None
+    cpu_cores: int | None = None
     engine: str = "ik"
     engine_build: str | None = None
     ctx: str = "32768"
@@ -279,6 +281,8 @@ def budget_of(request: Request, *, is_mla: bool) -> tuple[Budget, tuple[str, ...
         "ram_reserve": request.ram_reserve,
         "reserve": request.reserve,
         "desktop": request.desktop,
+        "cpu": request.cpu,
+        "cpu_cores": request.cpu_cores,
     }
     if request.vram is not None:
         if request.ram is not None:

@@ -42,6 +42,10 @@ def design(
     desktop: Annotated[
         bool, typer.Option("--desktop", help="The first GPU drives a desktop: 800 MiB more.")
     ] = False,
+    cpu: Annotated[
+        str | None, typer.Option(help="CPU platform of the RAM, for speed: see `quantmix rigs`.")
+    ] = None,
+    cpu_cores: Annotated[int | None, typer.Option(help="Physical cores.")] = None,
     engine: Annotated[str, typer.Option(help="ik or mainline.")] = "ik",
     engine_build: Annotated[
         str | None, typer.Option(help="Date of the engine's build (default: newest known).")

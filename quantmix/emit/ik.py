@@ -30,8 +30,9 @@ CRAM: Final = "2025-11-14"  # PR 954
 MTP_IS_SPEC_TYPE: Final = "2026-08-01"  # `-mtp` rejected at 2026-08-15, accepted in 2026-04
 
 _BYTES_NOTE: Final = (
-    "-ts is weighed by bytes in this build: unverified on a GPU, replayed with the rule of the "
-    "engine's source; every boundary stays put for errors up to {slack:.0%} of a layer"
+    "-ts is weighed by bytes in this build: unverified on a GPU, replayed with the rule read in "
+    "the source of one build (2026-04); every boundary stays put for errors up to {slack:.0%} "
+    "of a layer"
 )
 
 

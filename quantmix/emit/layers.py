@@ -9,7 +9,8 @@ with one compute buffer besides.
 
 Sources: llama.cpp src/llama-model.cpp load_tensors; ik_llama.cpp src/llama.cpp llm_load_tensors
 and get_layer_sizes. The count rule was checked with the KV sizes of 22 published logs; the byte
-rule is read from the source of two builds and was never run on a GPU here.
+rule is read from the source of one build (2026-04, in the PyPI package) and was never run on a
+GPU here.
 """
 
 from __future__ import annotations
