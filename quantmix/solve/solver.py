@@ -156,7 +156,8 @@ def _solve_level(
         used = usage(use, choice)
         return Solution("feasible", choice, objective, bound, prices, used, level)
     enough = limits.gap * max(bound, 0.0)
-    choice = _by_pools(cost, use, capacity, choice, prices, bound, enough)
+    passes = _STATES if limits.seconds > 0 else _STATES[:1]
+    choice = _by_pools(cost, use, capacity, choice, prices, bound, enough, passes)
     objective = _total(cost, choice)
     if limits.seconds > 0 and len(capacity) == 1 and objective - bound > limits.gap * objective:
         choice, bound = _tightened(cost, use, capacity, choice, prices, bound)
@@ -261,10 +262,11 @@ def _by_pools(
     prices: FloatArray,
     bound: float,
     enough: float,
+    passes: tuple[int, ...],
 ) -> IntArray:
     """Improve the choice inside one pool after another, until the gap is small or nothing helps."""
     rows = np.arange(len(choice))
-    for most_states in _STATES:
+    for most_states in passes:
         for p in range(len(capacity)):
             if _total(cost, choice) - bound <= enough:
                 return choice
@@ -443,7 +445,7 @@ def _exact(
             bounds=Bounds(0, 1),
             constraints=constraints,
             options={
-                "time_limit": limits.seconds,
+                "time_limit": limits.seconds if len(capacity) == 1 else limits.seconds / 2,
                 "node_limit": limits.nodes,
                 "mip_rel_gap": min(1.0, absolute / max(bound - fixed_cost, absolute, 1e-300)),
             },
