@@ -9,7 +9,8 @@ sd_row from the row's own error and the repeatability of paired runs, `mid` for 
 as damage grows, `form` for what the model's form cannot express in proportion, `unknown` when only
 the size of the mix is known (times the number of such rows: mixes of one author share what makes
 them unusual, so all together say as much as one). Residuals weigh as under Student's t (5 degrees
-of freedom), so that one broken row does not bend the fit. The posterior covariance goes into the
+of freedom), so that one broken row does not bend the fit, and a model whose rows scatter
+more than that gets wider intervals. The posterior covariance goes into the
 interval of every prediction.
 """
 
@@ -29,6 +30,9 @@ from quantmix.loss.model import FloatArray
 
 _NU = 5.0
 _MAX_STEPS = 60
+# Median of |t| with 5 degrees of freedom.
+_MEDIAN_T = 0.727
+_FEW = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,11 +98,15 @@ class Prior:
 
 @dataclass(frozen=True)
 class Posterior:
-    """Fitted parameters: mean, covariance, and how many rows stand behind them."""
+    """Fitted parameters: mean, covariance, and how many rows stand behind them.
+
+    `inflation` ≥ 1 widens intervals of a model whose own rows scatter more than the noise says.
+    """
 
     theta: FloatArray
     covariance: FloatArray
     n_rows: int
+    inflation: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +197,21 @@ def fit(rows: Sequence[Row], known: Prior, h: Hyper | None = None) -> Posterior:
             break
     r = response.respond(theta, w, h.power)
     covariance = np.asarray(np.linalg.inv(precision + _information(r, y, exact, h)))
-    return Posterior(theta, covariance.astype(np.float64), len(rows))
+    scatter = _scatter(r, y, exact, h)
+    return Posterior(theta, covariance.astype(np.float64), len(rows), scatter)
+
+
+def _scatter(r: response.Response, y: FloatArray, exact: FloatArray, h: Hyper) -> float:
+    """Return by how much exact rows scatter more than their noise, at least 1 (Birge's ratio).
+
+    From the median of |residual|/sd against what Student's t gives, shrunk to 1 by five rows.
+    """
+    n = int(np.count_nonzero(exact))
+    if n < _FEW:
+        return 1.0
+    z = np.abs(y - r.ln_ppl) / np.sqrt(noise_variance(r.rise, exact, h))
+    excess = float(np.median(z[exact])) / _MEDIAN_T
+    return max(1.0, float(np.sqrt((n * excess**2 + _FEW) / (n + _FEW))))
 
 
 def _weights(r: response.Response, y: FloatArray, exact: FloatArray, h: Hyper) -> FloatArray:
@@ -212,6 +234,8 @@ def predict(
     edge = float(posterior.covariance[response.BASE, response.BASE]) + h.row_sd**2
     total = float(jac @ posterior.covariance @ jac)
     total += float(noise_variance(r.rise, np.array([exact]), h)[0])
+    total *= posterior.inflation**2
+    edge *= posterior.inflation**2
     return Prediction(
         ln_ppl=float(r.ln_ppl[0]),
         damage=float(r.damage[0]),

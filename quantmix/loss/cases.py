@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from quantmix.loss import evidence, features, measured_recipes, prior
-from quantmix.loss.calibrate import Row
+from quantmix.loss.calibrate import Hyper, Row
 from quantmix.loss.model import FloatArray
 from quantmix.models.model import Model
 from quantmix.models.sources import load_model
@@ -35,9 +35,14 @@ class Cases:
 
 
 def gather(
-    published: Sequence[evidence.Published], recipes: Path | None = None
+    published: Sequence[evidence.Published],
+    recipes: Path | None = None,
+    h: Hyper | None = None,
 ) -> tuple[list[Cases], list[tuple[str, str]]]:
-    """Return the cases by model (catalog order of appearance) and what was skipped, with why."""
+    """Return the cases by model (catalog order of appearance) and what was skipped, with why.
+
+    Rows known by size only get the damage of a usual mix from `h`.
+    """
     found, skipped = measured_recipes.read(recipes) if recipes else ([], [])
     ids = dict.fromkeys([p.model for p in published] + [r.model for r in found])
     out = []
@@ -47,7 +52,7 @@ def gather(
         mine = [r for r in found if r.model == model_id]
         kept, doubled = _without_doubles(rows, mine)
         skipped += doubled
-        cases = _cases(model, kept, mine)
+        cases = _cases(model, kept, mine, h)
         skipped += [(f"{model_id}: {label}", why) for label, why in cases.bench.skipped]
         out.append(cases)
     return out, skipped
@@ -71,11 +76,12 @@ def _cases(
     model: Model,
     rows: Sequence[evidence.Published],
     recipes: Sequence[measured_recipes.MeasuredRecipe],
+    h: Hyper | None,
 ) -> Cases:
     share = prior.shares(model)
     size = size_shares(model)
-    bench = evidence.bench(model, share, rows)
-    control = {r.id: r for r in evidence.bench(model, size, rows).rows}
+    bench = evidence.bench(model, share, rows, h=h)
+    control = {r.id: r for r in evidence.bench(model, size, rows, h=h).rows}
     mine, mine_by_size, skipped = [], [], list(bench.skipped)
     seen: set[tuple[float, bytes]] = set()
     for r in recipes:

@@ -159,7 +159,9 @@ class MeasuredModel:
         low = rise * math.exp(-reach)
         high = rise * math.exp(reach)
         high = rise + (high - rise) * trust.widening(model, mix, damage)
-        high = min(high, max(math.log(model.hparams.n_vocab) - math.log(self.ppl_base), rise))
+        high = min(
+            high, max(math.log(max(model.hparams.n_vocab, 2)) - math.log(self.ppl_base), rise)
+        )
         return Quality(
             damage=damage,
             ln_ppl_ratio=rise,

@@ -100,7 +100,7 @@ class FittedModel:
         low = rise - (p.ln_ppl - low)
         high = rise + (high - p.ln_ppl) * trust.widening(model, mix, damage)
         # No model is worse than guessing among all tokens.
-        high = min(high, max(math.log(model.hparams.n_vocab) - self.bench.ln_base, rise))
+        high = min(high, max(math.log(max(model.hparams.n_vocab, 2)) - self.bench.ln_base, rise))
         return Quality(
             damage=damage,
             ln_ppl_ratio=rise,

@@ -61,10 +61,12 @@ def fit_hyper(
     curve: CurveFit, rows: Sequence[Mapping[str, str]], recipes: Path | None
 ) -> dict[str, Any]:
     """Return the document of params.json: `hyper`, `without` each model, and how it was made."""
-    found, _ = cases.gather(evidence.published(), recipes)
-    usable = [c for c in found if not backtest.fails(c)]
     h = replace(start(curve), no_imatrix=round(no_imatrix_factor(rows), 2))
-    h = population(usable, h)
+    found, _ = cases.gather(evidence.published(), recipes, h)
+    h = population([c for c in found if not backtest.fails(c)], h)
+    # Again, since rows known by size only are placed by the size curve just found.
+    found, _ = cases.gather(evidence.published(), recipes, h)
+    usable = [c for c in found if not backtest.fails(c)]
     tested = [c for c in usable if len(c.exact) >= _MIN_ROWS]
     path = _descend(tested, h)
     best = _best(path, None)
