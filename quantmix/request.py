@@ -87,6 +87,17 @@ class Answer:
     notes: tuple[str, ...] = ()
 
     @property
+    def published(self) -> list[dict[str, Any]]:
+        """Published mixes of this model nearest in size: label, size, measured PPL, source."""
+        from quantmix.loss.evidence import nearest
+
+        rows = nearest(self.model, self.recipe.size.tensor_bytes)
+        return [
+            {"label": p.label, "bpw": round(bits, 4), "ppl": p.ppl, "source": p.source}
+            for p, bits in rows
+        ]
+
+    @property
     def speed_stage(self) -> bool:
         """Whether stage 2 traded damage for speed within the quality slack."""
         solution = self.design.solution
@@ -105,6 +116,7 @@ class Answer:
         doc["seconds"] = round(self.seconds, 4)
         doc["recipe"] = str(self.folder)
         doc["notes"] = list(self.notes)
+        doc["published"] = self.published
         return doc
 
 

@@ -46,6 +46,12 @@ def print_summary(console: Console, answer: Answer) -> None:
     console.print(f"\n[bold]Quality[/bold]  {quality_text(recipe.quality)}")
     for warning in recipe.quality.warnings:
         console.print(f"  [yellow]warning[/yellow]  {warning}")
+    for row in answer.published:
+        console.print(
+            f"  [dim]published at {row['bpw']:.3f} bpw: {row['label']}, PPL {row['ppl']:.4f}, "
+            f"{row['source']}[/dim]",
+            soft_wrap=True,
+        )
     if recipe.speed.tg_tps is not None:
         s = recipe.speed
         console.print(
