@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import math
+import tempfile
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from quantmix.engine import binaries
 from quantmix.engine.child import Emit
-from quantmix.engine.perplexity import Evaluation, evaluate
+from quantmix.engine.perplexity import Evaluation, evaluate, read_corpus
 from quantmix.engine.quantize import compare
+from quantmix.engine.scores import Scores
 from quantmix.engine.weights import WeightsFile, open_weights
 from quantmix.errors import BadFile
 from quantmix.ggml.types import Engine
@@ -116,10 +122,15 @@ def verify(
     chunks: int | None = None,
     threads: int | None = None,
     engine: Engine = "ik",
+    llama_bin: str | Path | None = None,
     db: str | Path | None = None,
     on_event: Emit | None = None,
 ) -> Verified:
     """Measure, compare with the prediction, store.
+
+    Args:
+        llama_bin: folder of the user's own llama-perplexity, used instead of the packaged library
+            (GPUs, large models); `logits_base` is then a file in its own format.
 
     Raises:
         CheckFailed: the file's tensors are not those of the recipe.
@@ -129,22 +140,91 @@ def verify(
     if target.recipe:
         compare(target.recipe, weights)
     with Store(db) as store:
-        found = evaluate(
-            weights.path,
-            corpus,
-            base=base,
-            logits_base=logits_base,
-            n_ctx=n_ctx,
-            chunks=chunks,
-            threads=threads,
-            engine=engine,
-            on_event=on_event,
-        )
+        if llama_bin:
+            run = _OwnBinary(binaries.probe("llama-perplexity", llama_bin), n_ctx, chunks, threads)
+            found = run.evaluate(weights.path, corpus, base, logits_base, on_event)
+        else:
+            found = evaluate(
+                weights.path,
+                corpus,
+                base=base,
+                logits_base=logits_base,
+                n_ctx=n_ctx,
+                chunks=chunks,
+                threads=threads,
+                engine=engine,
+                on_event=on_event,
+            )
         predicted = predict(target.recipe, found) if target.recipe else None
         n_elements = sum(math.prod(info.shape) for info, _, _ in weights.tensors.values())
         verified = Verified(weights, found, predicted, n_elements)
         store.add(_row(verified, base))
     return verified
+
+
+@dataclass(frozen=True, slots=True)
+class _OwnBinary:
+    """The user's llama-perplexity with the settings of one verification."""
+
+    binary: binaries.Binary
+    n_ctx: int
+    chunks: int | None
+    threads: int | None
+
+    def evaluate(
+        self,
+        model: Path,
+        corpus: str | Path,
+        base: str | Path | None,
+        logits_base: str | Path | None,
+        on_event: Emit | None,
+    ) -> Evaluation:
+        """Run it, over the base first when its log-probabilities are not there yet."""
+        started = time.perf_counter()
+        text = read_corpus(corpus)
+        with tempfile.TemporaryDirectory(prefix="quantmix-") as scratch:
+            stored = Path(logits_base) if logits_base else Path(scratch) / "base.kld"
+            if base and not stored.exists():
+                self._run(base, corpus, stored, make_base=True)
+            against = stored if base or logits_base else None
+            found = self._run(model, corpus, against, on_event=on_event)
+        seconds = time.perf_counter() - started
+        return Evaluation(
+            perplexity=found.perplexity,
+            divergence=found.divergence,
+            log_ratio=found.log_ratio,
+            chunks=found.chunks,
+            n_ctx=self.n_ctx,
+            corpus_sha256=text.sha256,
+            engine=self.binary.id,
+            seconds=seconds,
+            forward_seconds=seconds,
+            per_token=Scores(np.empty(0)),
+        )
+
+    def _run(
+        self,
+        model: str | Path,
+        corpus: str | Path,
+        logits_base: Path | None,
+        make_base: bool = False,
+        on_event: Emit | None = None,
+    ) -> binaries.ParsedRun:
+        def report(index: int, value: float) -> None:
+            if on_event:
+                on_event({"chunk": index, "of": self.chunks, "ppl": value})
+
+        return binaries.perplexity(
+            self.binary,
+            model,
+            corpus,
+            n_ctx=self.n_ctx,
+            chunks=self.chunks,
+            threads=self.threads,
+            logits_base=logits_base,
+            make_base=make_base,
+            on_chunk=report,
+        )
 
 
 def predict(recipe: Recipe, found: Evaluation) -> Predicted:

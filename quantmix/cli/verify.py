@@ -47,6 +47,10 @@ def verify(
     ] = None,
     threads: Annotated[int | None, typer.Option("--threads", min=1, help="[default: all]")] = None,
     engine: Annotated[str, typer.Option("--engine", help="ik or mainline.")] = "ik",
+    llama_bin: Annotated[
+        Path | None,
+        typer.Option("--llama-bin", help="Use your own llama-perplexity from this folder (GPU)."),
+    ] = None,
     db: Annotated[
         Path | None, typer.Option("--db", help="Measurements store [default: QUANTMIX_DB].")
     ] = None,
@@ -76,6 +80,7 @@ def verify(
             chunks=chunks,
             threads=threads,
             engine=engine,
+            llama_bin=llama_bin,
             db=db,
             on_event=tick,
         )
