@@ -24,6 +24,7 @@ from quantmix.loss.calibrate import Hyper, Row, hyper
 from quantmix.loss.model import FloatArray
 from quantmix.models.catalog import catalog, find
 from quantmix.models.model import Model
+from quantmix.store import Measurement
 
 # The catalog knows these by geometry only: what was measured is another model's weights.
 _OTHER_WEIGHTS: Final = frozenset({"LLaMA-3.1-8B", "gemma-3-27b-it"})
@@ -219,6 +220,39 @@ def bench(
     return Bench(
         model.id, best - UNKNOWN_BASE_GAP, UNKNOWN_BASE_SD, False, tuple(rows), tuple(skipped)
     )
+
+
+def own_bench(model: Model, share: FloatArray, measured: Sequence[Measurement]) -> Bench | None:
+    """Return the bench of one's own measurements of `model` (rows of the store), None if empty.
+
+    Rows count that were measured against a base (they have `ln_ratio`) and name their types. Of
+    the groups measured alike (text, context, chunks, engine, KV types, base) the largest is used:
+    groups are never mixed, nor with published rows.
+    """
+    groups: dict[tuple[object, ...], list[Measurement]] = {}
+    for m in measured:
+        if m.ln_ratio is not None and m.types:
+            alike = (m.corpus, m.n_ctx, m.chunks, m.engine, m.build, m.ctk, m.ctv, m.base)
+            groups.setdefault(alike, []).append(m)
+    if not groups:
+        return None
+    chosen = max(groups.values(), key=lambda g: len({m.mix for m in g}))
+    ln_base = float(np.mean([np.log(m.ppl) - (m.ln_ratio or 0.0) for m in chosen]))
+    rows = {
+        m.mix: Row(
+            id=m.file,
+            w=features.of_types(model, share, _own_types(model, m)),
+            ln_ppl=ln_base + (m.ln_ratio or 0.0),
+            bpw=m.bpw,
+        )
+        for m in chosen
+    }
+    return Bench(model.id, ln_base, _BASE_SD, True, tuple(rows.values()))
+
+
+def _own_types(model: Model, m: Measurement) -> list[str | None]:
+    names = (m.types.get(t.name) if t.quantizable and t.loaded else None for t in model.tensors)
+    return [mixes.curve_name(n) if n else None for n in names]
 
 
 def _row(

@@ -269,7 +269,8 @@ def _parts(model: Model, share: FloatArray, measured: Measurements) -> FloatArra
         found, noise = _measured_parts(model, role, members, measured)
         if found is not None:
             spread = float(np.var(found / start))
-            weight = spread / (spread + noise) if spread > 0.0 else 0.0
+            # What varies beyond the noise is signal (empirical Bayes).
+            weight = max(0.0, 1.0 - noise / spread) if spread > 0.0 else 0.0
             start = weight * found + (1.0 - weight) * start
         part[members] = start / start.sum()
     return part

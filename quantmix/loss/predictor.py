@@ -19,6 +19,9 @@ from quantmix.loss import calibrate, curve, evidence, features, prior, response,
 from quantmix.loss.model import FloatArray, LossModel
 from quantmix.models.model import Model
 from quantmix.recipe import Quality
+from quantmix.store import Measurement
+
+_ENOUGH_OWN = 3
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,17 @@ class FittedModel:
         """Fit the posterior of `model` on its published rows (or on `measured`)."""
         share = prior.shares(model)
         bench = evidence.bench(model, share, evidence.of_model(model, measured))
+        return cls.on_bench(model, share, bench, imatrix=imatrix)
+
+    @classmethod
+    def of_own(
+        cls, model: Model, measured: Sequence[Measurement], *, imatrix: bool = True
+    ) -> FittedModel | None:
+        """Fit on one's own measured files; None when they are fewer than three mixes."""
+        share = prior.shares(model)
+        bench = evidence.own_bench(model, share, measured)
+        if bench is None or len(bench.rows) < _ENOUGH_OWN:
+            return None
         return cls.on_bench(model, share, bench, imatrix=imatrix)
 
     @classmethod

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from quantmix.errors import BadFile, UsageError
-from quantmix.loss import evidence, prior
+from quantmix.ggml.types import get
+from quantmix.loss import evidence, load, prior
 from quantmix.models.catalog import catalog
 from quantmix.models.model import Model
+from quantmix.store import Measurement
 
 from .conftest import catalog_model
 
@@ -69,6 +72,32 @@ def test_published_mixes_nearest_in_size_carry_their_source() -> None:
     assert bits == sorted(bits, reverse=True)
     assert all(abs(b - 2.8) < 0.3 for b in bits)
     assert all(p.source.startswith("https://") for p, _ in found)
+
+
+def _own(model: Model, name: str, ln_ratio: float, corpus: str = "c") -> Measurement:
+    types = {t.name: name for t in model.tensors if t.quantizable}
+    return Measurement(
+        model="f", mix=name, data="d", model_name="m", file=f"{name}.gguf", corpus=corpus,
+        n_ctx=512, chunks=8, tokens=2040, engine="ik", build="b", ctk="f16", ctv="f16",
+        tensor_bytes=1, bpw=4.0, ppl=20.0 * float(np.exp(ln_ratio)), ppl_err=0.1, seconds=1.0,
+        ln_ratio=ln_ratio, base="x", types=types,
+    )  # fmt: skip
+
+
+def test_own_measurements_calibrate_on_their_own_base_and_are_never_mixed(small: Model) -> None:
+    """Three mixes on one text make a bench; another text, or two mixes, do not add to it."""
+    rows = [_own(small, "iq4_k", 0.09), _own(small, "iq3_k", 0.5), _own(small, "q6_K", 0.01)]
+    other = [
+        _own(small, "iq5_k", 2.0, corpus="another"),
+        replace(_own(small, "q8_0", 2.0), ln_ratio=None),
+    ]
+    model = load(small, own=[*rows, *other])
+    quality = model.quality(small, [get("iq4_k") if t.quantizable else None for t in small.tensors])
+    assert quality.ppl_base == pytest.approx(20.0)
+    assert quality.ln_ppl_ratio == pytest.approx(0.09, rel=0.15)
+    published = load(small).quality(small, [None] * len(small.tensors))
+    few = load(small, own=rows[:2]).quality(small, [None] * len(small.tensors))
+    assert few.ppl_base == published.ppl_base != pytest.approx(20.0)
 
 
 def test_a_csv_of_other_measurements(tmp_path: Path) -> None:
