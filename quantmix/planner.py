@@ -256,15 +256,16 @@ class _Search:
                 continue
             more = [k + (g == gpu) for g, k in enumerate(keep)]
             tried = self._solve(self._keeping(placement, movable, more), _QUICK)
-            if tried.fits and self._cost(tried) < cost:
-                best, keep, cost = tried, more, self._cost(tried)
+            if tried.fits and (less := self._cost(tried)) < cost:
+                best, keep, cost = tried, more, less
         return best
 
     def _cost(self, tried: _Tried) -> float:
-        """What a placement is judged by: seconds per token at the allowed damage."""
-        solution = self._fastest(tried)
-        rows = np.arange(len(tried.choices.groups))
-        return float(tried.choices.seconds[rows, solution.choice].sum())
+        """What a placement is judged by: least seconds at the allowed damage, relaxed."""
+        second = self._second_stage(tried)
+        one_level = replace(second, levels=second.levels[-1:], capacities=second.capacities[-1:])
+        relaxed = relax(one_level)
+        return np.inf if relaxed is None else relaxed.objective
 
     def _experts_kept(self, placement: Placement) -> list[float]:
         """Return how many expert layers each GPU keeps in the relaxed problem."""
@@ -306,17 +307,19 @@ class _Search:
 
     def _fastest(self, best: _Tried) -> Solution:
         """Stage 2: least seconds per token with damage within the slack of stage 1."""
-        n_devices = len(best.choices.pools)
-        second = to_problem(
+        found = solve(self._second_stage(best), _QUICK)
+        return best.solution if found.status == "infeasible" else found
+
+    def _second_stage(self, best: _Tried) -> Problem:
+        """Return the knapsack of seconds, with damage as one more pool."""
+        return to_problem(
             best.choices,
-            best.problem.capacities[:, :n_devices],
+            best.problem.capacities[:, : len(best.choices.pools)],
             best.problem.levels,
             best.problem.constraints,
             objective="seconds",
             budget=best.solution.objective + self._slack(best.solution.objective),
         )
-        found = solve(second, _QUICK)
-        return best.solution if found.status == "infeasible" else found
 
     def _slack(self, damage: float) -> float:
         if self.goals.quality_slack is not None:
