@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
-from quantmix.errors import BadFile
 from quantmix.ggml.header import Header, TensorInfo, read_header
+from quantmix.ggml.shards import merge, prefix_of, shard_paths
 
-_SHARD: Final = re.compile(r"^(.*)-(\d{5})-of-(\d{5})\.gguf$")
 _NORM_BYTES: Final = 4 << 20  # norms hashed into a fingerprint
 _SAMPLES: Final = 64  # places of 64 KiB hashed into the fingerprint of the data
 
@@ -103,19 +101,10 @@ def open_weights(path: str | Path) -> WeightsFile:
         BadFile: missing, malformed or truncated; a shard is missing.
     """
     file = Path(path)
-    match = _SHARD.match(file.name)
-    if not match:
-        return WeightsFile(file, ((file, read_header(file)),))
-    count = int(match.group(3))
-    paths = [file.with_name(f"{match.group(1)}-{i:05d}-of-{count:05d}.gguf") for i in _to(count)]
-    missing = [p.name for p in paths if not p.is_file()]
-    if missing:
-        raise BadFile(f"{file.parent} lacks {len(missing)} of {count} shards: {missing[0]}, …")
-    return WeightsFile(paths[0], tuple((p, read_header(p)) for p in paths))
-
-
-def _to(count: int) -> range:
-    return range(1, count + 1)
+    paths = shard_paths(file)
+    headers = tuple(read_header(p) for p in paths)
+    merge(headers, prefix_of(file.name))
+    return WeightsFile(paths[0], tuple(zip(paths, headers, strict=True)))
 
 
 def _trimmed(shape: tuple[int, ...]) -> tuple[int, ...]:
