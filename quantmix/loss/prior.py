@@ -24,6 +24,9 @@ from quantmix.models.model import Model, Tensor
 CLASSES: Final = ("experts", "ffn", "attention")
 # A role that no table knows counts like a small attention matrix.
 _UNKNOWN_SHARE: Final = 0.06
+# A sparse-attention indexer chooses among more than its top-k (2048) tokens: on the common bench
+# (context 512) it does nothing. Above zero, so that no solver starves it.
+_INDEXER_SHARE: Final = 0.01
 # ik's MLA files hold k_b and v_b a second time as kv_b; prompts read one copy, generation the
 # other, so each counts half.
 MLA_COPIES: Final = ("attn_kv_b", "attn_k_b", "attn_v_b")
@@ -115,7 +118,8 @@ def _raw_share(tensor: Tensor, fam: str, n_layer: int, roles: set[str]) -> float
         return 0.0
     s = _find(fam, _tied(tensor.role, roles))
     if s is None:
-        s = Sensitivity(_UNKNOWN_SHARE, 0.0, 0.0, 0.0, 0.0)
+        guess = _INDEXER_SHARE if tensor.role.startswith("indexer.") else _UNKNOWN_SHARE
+        s = Sensitivity(guess, 0.0, 0.0, 0.0, 0.0)
     if tensor.layer is None:
         return s.share
     copies = 0.5 if "attn_kv_b" in roles and "attn_k_b" in roles else 1.0
