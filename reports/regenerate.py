@@ -7,6 +7,7 @@ to recipes/, a page and a plot per model to reports/, with a README that shows t
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from quantmix.report import data, figures, pages
 from quantmix.report.build import subject_of
 from quantmix.report.markdown import card_table
 from quantmix.request import Request, fulfil
+from quantmix.units import gib
 
 ROOT = Path(__file__).parent.parent
 CREATED = "2026-11-25T00:00:00Z"
@@ -77,6 +79,28 @@ def make_report(series: Series, recipes: Path, into: Path) -> str:
     )
 
 
+def demo_part(reports: Path) -> str:
+    """Return the measured sweep of the demo model (`reports/demo.py`), when it is there."""
+    file = reports / "smollm2-demo.json"
+    if not file.exists():
+        return ""
+    rows = json.loads(file.read_text(encoding="utf-8"))
+    lines = [
+        "## SmolLM2 demo, measured\n\n![perplexity against size](smollm2-demo.png)\n",
+        "Stock presets against recipes of at most the same bytes, same importance matrix, same "
+        "text. [The whole page](smollm2-demo.html).\n",
+        "| size of | stock KLD | our KLD | stock PPL | our PPL |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for r in rows:
+        ours = f"**{r['our_kld']:.5f}**" if r["kld_lower"] else f"{r['our_kld']:.5f}"
+        lines.append(
+            f"| {r['preset']} ({gib(r['stock_bytes'])}) | {r['stock_kld']:.5f} | {ours} "
+            f"| {r['stock_ppl']:.4f} | {r['our_ppl']:.4f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     """Make what is asked for, everything by default."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
@@ -99,7 +123,8 @@ def main() -> None:
         parts.append(make_report(series, recipes, reports))
         print(f"{series.model}: {len(series.sizes)} recipes, {time.perf_counter() - started:.1f} s")
     if not asked.models:
-        write_text(reports / "README.md", "\n".join(parts))
+        parts.append(demo_part(reports))
+        write_text(reports / "README.md", "\n".join(p for p in parts if p))
 
 
 if __name__ == "__main__":
