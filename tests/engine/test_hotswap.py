@@ -131,3 +131,16 @@ def test_results_can_be_loaded(tiny: Path, tiny_imatrix: Path, text: Path, tmp_p
     assert probe.kld > 10 * loaded.noise_floor
     assert probe.n_elements == 2 * 256 * 256
     assert 0 < probe.err < 0.02
+
+
+def test_experts(tiny_moe: Path, text: Path, tmp_path: Path) -> None:
+    """Expert tensors too, though up and gate then differ in type and are no longer fused."""
+    from quantmix.engine.imatrix import collect
+
+    imatrix = tmp_path / "moe.dat"
+    collect(tiny_moe, text, imatrix, threads=1)
+    pairs = [("ffn_up_exps", "iq3_k"), ("ffn_down_exps", "iq2_k")]
+    swapped = _by_swap(tiny_moe, imatrix, pairs, text, tmp_path / "m.json")
+    for (role, kind), kld in swapped.items():
+        written = _by_file(tiny_moe, imatrix, role, kind, text, tmp_path / "q.gguf")
+        assert kld == pytest.approx(written, rel=1e-3, abs=2e-7), (role, kind)
