@@ -34,6 +34,7 @@ from quantmix.solve.problem import FloatArray, IntArray
 from quantmix.units import GIB, gib, parse_size
 
 DEFAULT_POINTS = 40
+_WORST_NATS = 0.7  # perplexity doubled: below such sizes a model is of no use
 _BPW = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*bpw\s*$", re.IGNORECASE)
 
 
@@ -130,6 +131,12 @@ class Sweep:
     def largest_bytes(self) -> int:
         """Bytes of the mix of least damage."""
         return int(self.hull.used[-1])
+
+    @property
+    def useful_bytes(self) -> int:
+        """Bytes of the smallest mix that may still make sense, where a curve starts by default."""
+        useful = np.nonzero(self.hull.total <= _WORST_NATS)[0]
+        return int(self.hull.used[useful[0]]) if len(useful) else self.smallest_bytes
 
     def on_hull(self, step: int) -> Point:
         """Return the Pareto point after `step` steps: proven best for its size."""
@@ -265,14 +272,16 @@ def frontier(
 ) -> Frontier:
     """Return up to `n_points` Pareto points between two sizes, with what others published.
 
+    Without `low_bytes` the curve starts where damage falls below 0.7 nats.
+
     Raises:
         InfeasibleBudget: the range ends below the smallest mix.
         UsageError: an empty range, or too few points.
     """
     if n_points < 2:
         raise UsageError("a frontier needs at least 2 points")
-    low = low_bytes if low_bytes is not None else swept.smallest_bytes
     high = high_bytes if high_bytes is not None else swept.largest_bytes
+    low = low_bytes if low_bytes is not None else min(swept.useful_bytes, high)
     if low > high:
         raise UsageError(f"--from {gib(low)} lies above --to {gib(high)}: swap them")
     if high < swept.smallest_bytes:

@@ -89,10 +89,21 @@ def test_ranges_are_honoured(swept):
     assert len(points) == 10
     with pytest.raises(InfeasibleBudget, match="smallest mix"):
         frontier(swept, 1, 2, 5)
+    with pytest.raises(InfeasibleBudget, match="smallest mix"):
+        frontier(swept, None, swept.smallest_bytes - 1, 5)
     with pytest.raises(UsageError, match="swap them"):
         frontier(swept, high, low)
     with pytest.raises(UsageError, match="at least 2"):
         frontier(swept, low, high, 1)
+
+
+def test_the_curve_starts_where_a_model_is_of_use(swept):
+    """Without a lower end, the first point does at most 0.7 nats of damage, if any does more."""
+    fragile = sweep(load_model("gemma-3-270m-it"))
+    first = frontier(fragile, n_points=5).points[0]
+    assert fragile.on_hull(0).quality.damage > 0.7
+    assert 0.5 < first.quality.damage <= 0.7
+    assert frontier(swept, n_points=5).points[0].tensor_bytes == swept.useful_bytes
 
 
 def test_a_range_without_a_point_shows_the_one_below(swept):

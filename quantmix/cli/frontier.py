@@ -29,7 +29,7 @@ def frontier(
         str, typer.Argument(help="Catalog name, GGUF file or folder, hf:org/name or URL.")
     ],
     start: Annotated[
-        str | None, typer.Option("--from", help="Smallest size: 130G or 2bpw.")
+        str | None, typer.Option("--from", help="Smallest size: 130G or 2bpw (default: 0.7 nats).")
     ] = None,
     end: Annotated[str | None, typer.Option("--to", help="Largest size: 400G or 5bpw.")] = None,
     points: Annotated[int, typer.Option(help="How many points of the curve.")] = 40,

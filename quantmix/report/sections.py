@@ -60,14 +60,16 @@ def _curve_caption(book: Book, at: str) -> str:
         return "Both axes are logarithmic."
     knee = f"{at}.frontier.points.{frontier['knee']}"
     size = book.num(f"{knee}.tensor_bytes", "gib")
-    base = ""
+    base, unplaced = "", ""
+    if frontier["ppl_base"] is None and frontier["published"]:
+        unplaced = " Published mixes are in the table only: nobody published the base to compare."
     if frontier["ppl_base"] is not None:
         base = f" over PPL {book.num(f'{at}.frontier.ppl_base', 'ppl')} of the unquantized model"
     return (
         f"Rise of perplexity{base} against size, both logarithmic; a mark pointing down lies "
         f"below the axis. The knee of the range shown is at {size} "
         f"({book.num(f'{knee}.bpw', 'bpw')} bpw, {book.num(f'{knee}.ln_ppl_ratio', 'rise')}). "
-        f"Predictions are {escape(frontier['basis'])}."
+        f"Predictions are {escape(frontier['basis'])}.{unplaced}"
     )  # fmt: skip
 
 
