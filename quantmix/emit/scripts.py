@@ -28,7 +28,7 @@ def rules_text(recipe: Recipe) -> str:
         "" if q.ppl is None else f", predicted PPL {q.ppl:.4f} [{q.ppl_low:.4f}, {q.ppl_high:.4f}]"
     )
     head = [
-        f"# {recipe.model.id} {recipe.name}: {gib(size.tensor_bytes)}, {size.bpw:.4f} bpw{ppl}",
+        f"# {recipe.name}: {gib(size.tensor_bytes)}, {size.bpw:.4f} bpw{ppl}",
         f"# {recipe.engine.name} engine, {recipe.engine.ftype} as the ftype; "
         f"made by quantmix {recipe.quantmix}",
     ]

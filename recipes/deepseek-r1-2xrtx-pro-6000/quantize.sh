@@ -1,0 +1,78 @@
+#!/usr/bin/env bash
+# deepseek-r1, 186.43 GiB, 2.387 bpw (ik), by quantmix 0.1.0
+# Usage: quantize.sh [--dry-run] SOURCE.gguf OUT.gguf [IMATRIX]     (or SOURCE, OUT, IMATRIX in the
+# environment; QUANTIZE names the program, THREADS the number of threads)
+set -euo pipefail
+
+options=()
+while [[ ${1:-} == --* ]]; do options+=("$1"); shift; done
+SOURCE=${1:-${SOURCE:?the source GGUF (bf16) is the first argument}}
+OUT=${2:-${OUT:?the GGUF to write is the second argument}}
+IMATRIX=${3:-${IMATRIX:-}}
+QUANTIZE=${QUANTIZE:-llama-quantize}
+THREADS=${THREADS:-$(nproc)}
+
+custom=$(cat <<'RULES'
+# Attention
+^blk\.([0-9]|[1-4][0-9]|5[0-2])\.attn_k_b\.weight$=q6_0
+^blk\.(5[3-9]|60)\.attn_k_b\.weight$=q5_0
+^blk\.([0-9]|1[0-2]|3[7-9]|4[0-9]|5[0-5])\.attn_kv_a_mqa\.weight$=iq6_k
+^blk\.(1[3-9]|2[0-9]|3[0-6])\.attn_kv_a_mqa\.weight$=q8_0
+^blk\.(5[7-9]|60)\.attn_kv_a_mqa\.weight$=iq5_k
+^blk\.56\.attn_kv_a_mqa\.weight$=q6_K
+^blk\.(0|49|5[0-2])\.attn_output\.weight$=iq4_ks
+^blk\.([1-9]|10|4[2-8])\.attn_output\.weight$=iq4_k
+^blk\.(1[1-9]|[23][0-9]|4[01])\.attn_output\.weight$=iq5_ks
+^blk\.(5[3-9]|60)\.attn_output\.weight$=iq4_kt
+^blk\.([0-3]|4[5-9]|5[0-5])\.attn_q_a\.weight$=iq5_k
+^blk\.(5[6-9]|60)\.attn_q_a\.weight$=iq5_ks
+^blk\.([6-9]|[1-3][0-9]|4[0-2])\.attn_q_a\.weight$=iq6_k
+^blk\.([45]|4[34])\.attn_q_a\.weight$=q6_K
+^blk\.([0-9]|1[01]|39|4[2-9]|5[0-2])\.attn_q_b\.weight$=iq5_ks
+^blk\.(1[2-9]|2[0-9]|3[0-8]|4[01])\.attn_q_b\.weight$=iq5_k
+^blk\.5[3-6]\.attn_q_b\.weight$=iq4_k
+^blk\.5[78]\.attn_q_b\.weight$=iq4_ks
+^blk\.(59|60)\.attn_q_b\.weight$=iq4_kt
+^blk\.(0|5[0-8])\.attn_v_b\.weight$=iq5_k
+^blk\.([1-9]|[1-3][0-9]|4[0-7])\.attn_v_b\.weight$=iq6_k
+^blk\.4[89]\.attn_v_b\.weight$=q6_K
+^blk\.(59|60)\.attn_v_b\.weight$=iq5_ks
+
+# Dense feed-forward
+^blk\.[0-9]+\.ffn_(gate|up)\.weight$=iq4_k
+^blk\.[0-9]+\.ffn_down\.weight$=iq5_ks
+
+# Shared experts
+^blk\.59\.ffn_(down|gate|up)_shexp\.weight$=q6_K
+^blk\.60\.ffn_(down|gate|up)_shexp\.weight$=q8_0
+^blk\.(2[1-9]|3[0-3])\.ffn_(gate|up)_shexp\.weight$=iq4_k
+^blk\.(3|5[3-8])\.ffn_(gate|up)_shexp\.weight$=iq5_k
+^blk\.([4-9]|[14][0-9]|20|3[4-9]|5[0-2])\.ffn_(gate|up)_shexp\.weight$=iq5_ks
+^blk\.(2[2-9]|3[0-3])\.ffn_down_shexp\.weight$=iq4_k
+^blk\.([5-9]|[14][0-9]|[25][01]|3[4-9])\.ffn_down_shexp\.weight$=iq5_ks
+^blk\.([34]|5[2-8])\.ffn_down_shexp\.weight$=iq5_k
+
+# Routed experts
+^blk\.[3-6]\.ffn_(gate|up)_exps\.weight$=iq1_kt
+^blk\.5[34]\.ffn_(gate|up)_exps\.weight$=iq2_kl
+^blk\.([7-9]|[1-4][0-9]|5[0-25-9]|60)\.ffn_(gate|up)_exps\.weight$=iq2_kt
+^blk\.(2[89]|3[0-3])\.ffn_down_exps\.weight$=iq2_kl
+^blk\.([3-9]|1[0-9]|2[0-7])\.ffn_down_exps\.weight$=iq2_kt
+^blk\.(3[4-9]|[45][0-9]|60)\.ffn_down_exps\.weight$=iq3_kt
+
+# Token embedding and output
+^output\.weight$=iq6_k
+^token_embd\.weight$=q8_0
+RULES
+)
+custom=$(grep -v '^#' <<<"$custom" | sed '/^$/d' | paste -sd, -)
+
+# ik_llama.cpp reads the old imatrix format only; a GGUF imatrix is converted first.
+if [[ -n $IMATRIX && $(head -c 4 -- "$IMATRIX") == GGUF ]]; then
+  quantmix imatrix --convert "$IMATRIX" --out "${IMATRIX%.gguf}.dat" || exit
+  IMATRIX="${IMATRIX%.gguf}.dat"
+fi
+
+[[ -n $IMATRIX ]] && options+=(--imatrix "$IMATRIX")
+"$QUANTIZE" "${options[@]}" --custom-q "$custom" \
+  "$SOURCE" "$OUT" IQ2_KT "$THREADS"
