@@ -12,7 +12,8 @@ from quantmix.report.svg import Labels, Scale, drawing, hover, tag, text
 from quantmix.report.words import say
 from quantmix.units import GIB
 
-_LEAST = 1e-3  # foot of the axes, lower only when everything is: rises below are in the noise
+_LEAST_RISE = 1e-3  # foot of the axis, lower only when everything is: below is noise
+_LEAST_KLD = 1e-5
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +30,7 @@ class Spot:
 
 
 def rise_spots(section: dict[str, Any], prefix: str) -> list[Spot]:
-    """Return all marks of the perplexity chart, those of ours last, so that they lie on top."""
+    """Return all marks of the perplexity chart; what was measured here lies on top."""
     spots = []
     frontier = section["frontier"]
     for i, p in enumerate(frontier["published"] if frontier else ()):
@@ -44,15 +45,6 @@ def rise_spots(section: dict[str, Any], prefix: str) -> list[Spot]:
                 Spot(p["tensor_bytes"], p["ln_ppl_ratio"], "published", title,
                      f"{prefix}frontier.published.{i}", str(i + 1))
             )  # fmt: skip
-    for i, m in enumerate(section["measured"]):
-        if m["ln_ppl_ratio"] is not None:
-            title = (
-                f"{m['label']}: {say(m['tensor_bytes'], 'gib')}, PPL {say(m['ppl'], 'ppl')} "
-                f"({say(m['ln_ppl_ratio'], 'rise')}), measured"
-            )
-            kind = "ours" if m["ours"] else "stock"
-            spots.append(Spot(m["tensor_bytes"], m["ln_ppl_ratio"], kind, title,
-                              f"{prefix}measured.{i}", error=m["ln_ppl_ratio_err"]))  # fmt: skip
     for i, r in enumerate(section["recipes"]):
         q = r["quality"]
         ppl = f"PPL {say(q['ppl'], 'ppl')}, " if q["ppl"] is not None else ""
@@ -62,6 +54,15 @@ def rise_spots(section: dict[str, Any], prefix: str) -> list[Spot]:
         )
         spots.append(Spot(r["size"]["tensor_bytes"], q["ln_ppl_ratio"], "recipe", title,
                           f"{prefix}recipes.{i}", _tag(section, r)))  # fmt: skip
+    for i, m in enumerate(section["measured"]):
+        if m["ln_ppl_ratio"] is not None:
+            title = (
+                f"{m['label']}: {say(m['tensor_bytes'], 'gib')}, PPL {say(m['ppl'], 'ppl')} "
+                f"({say(m['ln_ppl_ratio'], 'rise')}), measured"
+            )
+            kind = "ours" if m["ours"] else "stock"
+            spots.append(Spot(m["tensor_bytes"], m["ln_ppl_ratio"], kind, title,
+                              f"{prefix}measured.{i}", error=m["ln_ppl_ratio_err"]))  # fmt: skip
     return spots
 
 
@@ -98,6 +99,11 @@ def kld_chart(section: dict[str, Any], width: int, height: int, prefix: str = "s
     frontier = section["frontier"]
     points = frontier["points"] if frontier else []
     spots = []
+    for i, r in enumerate(section["recipes"]):
+        q = r["quality"]
+        title = f"{r['name']}: damage {say(q['damage'], 'nats')}, predicted"
+        spots.append(Spot(r["size"]["tensor_bytes"], q["damage"], "recipe", title,
+                          f"{prefix}recipes.{i}", _tag(section, r)))  # fmt: skip
     for i, m in enumerate(section["measured"]):
         if m["kld"] is not None and m["kld"] > 0:
             title = f"{m['label']}: {say(m['tensor_bytes'], 'gib')}, KLD {say(m['kld'], 'nats')}"
@@ -105,17 +111,12 @@ def kld_chart(section: dict[str, Any], width: int, height: int, prefix: str = "s
             spots.append(
                 Spot(m["tensor_bytes"], m["kld"], kind, title, f"{prefix}measured.{i}")
             )  # fmt: skip
-    for i, r in enumerate(section["recipes"]):
-        q = r["quality"]
-        title = f"{r['name']}: damage {say(q['damage'], 'nats')}, predicted"
-        spots.append(Spot(r["size"]["tensor_bytes"], q["damage"], "recipe", title,
-                          f"{prefix}recipes.{i}", _tag(section, r)))  # fmt: skip
     sizes = [s.n_bytes for s in spots] + [p["tensor_bytes"] for p in points]
-    chart = _Chart.around(
-        width, height, sizes, [s.value for s in spots] + [p["damage"] for p in points], right=12
-    )
+    heights = [s.value for s in spots] + [p["damage"] for p in points]
+    chart = _Chart.around(width, height, sizes, heights, right=12, least=_LEAST_KLD)
     parts = chart.axes("nats", lambda v: f"{v:g}")
-    line = [(chart.x.at(p["tensor_bytes"] / GIB), chart.y.at(p["damage"])) for p in points]
+    shown = [p for p in points if p["damage"] > chart.y.low]
+    line = [(chart.x.at(p["tensor_bytes"] / GIB), chart.y.at(p["damage"])) for p in shown]
     if line:
         parts.append(tag("path", d=_path(line), class_="frontier"))
     curve = [(p["tensor_bytes"], p["damage"]) for p in points]
@@ -185,11 +186,17 @@ class _Chart:
 
     @classmethod
     def around(
-        cls, width: int, height: int, sizes: Iterable[int], values: Iterable[float], right: int
+        cls,
+        width: int,
+        height: int,
+        sizes: Iterable[int],
+        values: Iterable[float],
+        right: int,
+        least: float = _LEAST_RISE,
     ) -> _Chart:
         gibs = [n / GIB for n in sizes] or [1.0]
         tops = [v for v in values if v > 0] or [0.01]
-        low = max(min(tops) / 1.25, min(_LEAST, max(tops) / 30))
+        low = max(min(tops) / 1.25, min(least, max(tops) / 30))
         left, bottom = (52, 42) if width > 500 else (44, 40)
         return cls(
             width,
