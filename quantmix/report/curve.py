@@ -10,7 +10,7 @@ from typing import Any
 
 from quantmix.report.svg import Labels, Scale, drawing, hover, tag, text
 from quantmix.report.words import say
-from quantmix.units import GIB
+from quantmix.units import GIB, MIB
 
 _LEAST_RISE = 1e-3  # foot of the axis, lower only when everything is: below is noise
 _LEAST_KLD = 1e-5
@@ -116,7 +116,7 @@ def kld_chart(section: dict[str, Any], width: int, height: int, prefix: str = "s
     chart = _Chart.around(width, height, sizes, heights, right=12, least=_LEAST_KLD)
     parts = chart.axes("nats", lambda v: f"{v:g}")
     shown = [p for p in points if p["damage"] > chart.y.low]
-    line = [(chart.x.at(p["tensor_bytes"] / GIB), chart.y.at(p["damage"])) for p in shown]
+    line = [(chart.px(p["tensor_bytes"]), chart.y.at(p["damage"])) for p in shown]
     if line:
         parts.append(tag("path", d=_path(line), class_="frontier"))
     curve = [(p["tensor_bytes"], p["damage"]) for p in points]
@@ -177,12 +177,13 @@ def _squeeze(ratio: float) -> float:
 
 @dataclass(frozen=True, slots=True)
 class _Chart:
-    """Axes of a chart of something against size in GiB."""
+    """Axes of a chart of something against size, in GiB or, below one, in MiB."""
 
     width: int
     height: int
     x: Scale
     y: Scale
+    unit: int
 
     @classmethod
     def around(
@@ -194,16 +195,28 @@ class _Chart:
         right: int,
         least: float = _LEAST_RISE,
     ) -> _Chart:
-        gibs = [n / GIB for n in sizes] or [1.0]
+        all_sizes = list(sizes) or [GIB]
+        unit = GIB if max(all_sizes) >= GIB else MIB
         tops = [v for v in values if v > 0] or [0.01]
         low = max(min(tops) / 1.25, min(least, max(tops) / 30))
         left, bottom = (52, 42) if width > 500 else (44, 40)
         return cls(
             width,
             height,
-            Scale(min(gibs) / 1.03, max(gibs) * 1.03, left, width - right, log=True),
+            Scale(
+                min(all_sizes) / unit / 1.03,
+                max(all_sizes) / unit * 1.03,
+                left,
+                width - right,
+                True,
+            ),
             Scale(low, max(max(tops) * 1.25, 2 * low), height - bottom, 20, log=True),
+            unit,
         )
+
+    def px(self, n_bytes: float) -> float:
+        """Return the pixel of a size."""
+        return self.x.at(n_bytes / self.unit)
 
     @property
     def most_y(self) -> int:
@@ -225,13 +238,14 @@ class _Chart:
         )  # fmt: skip
         parts.append(text(0, 11, label, "axis"))
         middle = (x.start + x.end) / 2
-        parts.append(text(middle, self.height - 5, "size of the tensors, GiB", "axis", "middle"))
+        name = f"size of the tensors, {'GiB' if self.unit == GIB else 'MiB'}"
+        parts.append(text(middle, self.height - 5, name, "axis", "middle"))
         return parts
 
 
 def _band(chart: _Chart, points: Sequence[dict[str, Any]]) -> list[str]:
     """The frontier with its interval."""
-    where = [chart.x.at(p["tensor_bytes"] / GIB) for p in points]
+    where = [chart.px(p["tensor_bytes"]) for p in points]
     rises = [math.expm1(p["ln_ppl_ratio"]) for p in points]
     line = [chart.y.at(v) for v in rises]
     shown = 1 + sum(v > chart.y.low for v in rises)  # the line ends where it meets the foot
@@ -256,7 +270,7 @@ def _dots(chart: _Chart, points: Sequence[dict[str, Any]], prefix: str) -> list[
         title = f"{say(p['tensor_bytes'], 'gib')}, {say(p['bpw'], 'bpw')} bpw: {ppl}" + (
             f"{say(p['ln_ppl_ratio'], 'rise')}, predicted"
         )
-        at = chart.x.at(p["tensor_bytes"] / GIB), chart.y.at(math.expm1(p["ln_ppl_ratio"]))
+        at = chart.px(p["tensor_bytes"]), chart.y.at(math.expm1(p["ln_ppl_ratio"]))
         dot = tag("circle", cx=at[0], cy=at[1], r=5, class_="point")
         parts.append(hover(dot, title, f"{prefix}{i}"))
     return parts
@@ -264,7 +278,7 @@ def _dots(chart: _Chart, points: Sequence[dict[str, Any]], prefix: str) -> list[
 
 def _knee(chart: _Chart, frontier: dict[str, Any], prefix: str) -> str:
     p = frontier["points"][frontier["knee"]]
-    x, y = chart.x.at(p["tensor_bytes"] / GIB), chart.y.at(math.expm1(p["ln_ppl_ratio"]))
+    x, y = chart.px(p["tensor_bytes"]), chart.y.at(math.expm1(p["ln_ppl_ratio"]))
     title = f"knee: {say(p['tensor_bytes'], 'gib')}, {say(p['ln_ppl_ratio'], 'rise')}"
     body = tag("line", x1=x, x2=x, y1=y, y2=chart.y.start, class_="knee")
     body += text(x + 5, chart.y.start - 6, "knee", "tick")
@@ -279,8 +293,8 @@ def _marks(
     for (n, a), (m, b) in pairwise(line):
         for k in range(4):
             at = n + k * (m - n) / 4
-            labels.take(chart.x.at(at / GIB), chart.y.at(a + k * (b - a) / 4), 1.5, line=True)
-    placed = [(s, chart.x.at(s.n_bytes / GIB), chart.y.at(max(v, 1e-12)), v) for s, v in spots]
+            labels.take(chart.px(at), chart.y.at(a + k * (b - a) / 4), 1.5, line=True)
+    placed = [(s, chart.px(s.n_bytes), chart.y.at(max(v, 1e-12)), v) for s, v in spots]
     for spot, x, y, value in placed:
         labels.take(x, y - 4 * (value < chart.y.low), 6.5 if spot.kind == "recipe" else 3.5)
     parts, names = [], []

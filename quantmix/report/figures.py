@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantmix.errors import UsageError
 from quantmix.report.svg import Scale
-from quantmix.units import GIB
+from quantmix.units import GIB, MIB
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -119,10 +119,11 @@ def curve_figure(section: dict[str, Any]) -> Figure:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     frontier = section["frontier"]
+    unit, unit_name = _unit(section)
     tops = []
     if frontier:
         tops = [p["ln_ppl_ratio"] for p in frontier["points"]]
-        _draw_frontier(axes, frontier)
+        _draw_frontier(axes, frontier, unit)
     spots = [
         ([(p["tensor_bytes"], p["ln_ppl_ratio"]) for p in rows], mark, colour, label)
         for rows, mark, colour, label in (
@@ -139,7 +140,7 @@ def curve_figure(section: dict[str, Any]) -> Figure:
         if known:
             hollow = mark == "s" or label == "published"
             axes.plot(
-                [n / GIB for n, _ in known],
+                [n / unit for n, _ in known],
                 [100 * math.expm1(v) for _, v in known],
                 mark,
                 color=colour,
@@ -147,13 +148,14 @@ def curve_figure(section: dict[str, Any]) -> Figure:
                 markersize=6,
                 label=label,
             )
-    highest = 100 * math.expm1(max(tops, default=0.01))
-    axes.set(xscale="log", yscale="log", ylim=(max(0.1, highest / 1e4), highest * 1.3))
+    above = [100 * math.expm1(v) for v in tops if v > 0] or [1.0]
+    lowest = max(min(above) / 1.25, min(0.1, max(above) / 30))
+    axes.set(xscale="log", yscale="log", ylim=(lowest, max(above) * 1.3))
     for axis, limits, most in ((axes.xaxis, axes.get_xlim(), 12), (axes.yaxis, axes.get_ylim(), 9)):
         ticks = Scale(*limits, 0.0, 1.0, log=True).ticks(most)
         axis.set_ticks(ticks, [f"{v:g}" for v in ticks])
         axis.set_ticks([], minor=True)
-    axes.set_xlabel("size of the tensors, GiB")
+    axes.set_xlabel(f"size of the tensors, {unit_name}")
     axes.set_ylabel("rise of perplexity, %")
     axes.set_title(f"{section['name']}: perplexity against size", loc="left")
     _tidy(axes)
@@ -162,9 +164,17 @@ def curve_figure(section: dict[str, Any]) -> Figure:
     return figure
 
 
-def _draw_frontier(axes: Any, frontier: dict[str, Any]) -> None:
+def _unit(section: dict[str, Any]) -> tuple[int, str]:
+    """Return GiB, or MiB when everything is smaller than one."""
+    sizes = [m["tensor_bytes"] for m in section["measured"]]
+    sizes += [r["size"]["tensor_bytes"] for r in section["recipes"]]
+    sizes += [p["tensor_bytes"] for p in (section["frontier"] or {}).get("points", [])]
+    return (GIB, "GiB") if max(sizes, default=GIB) >= GIB else (MIB, "MiB")
+
+
+def _draw_frontier(axes: Any, frontier: dict[str, Any], unit: int) -> None:
     points = frontier["points"]
-    sizes = [p["tensor_bytes"] / GIB for p in points]
+    sizes = [p["tensor_bytes"] / unit for p in points]
 
     def rises(key: str) -> list[float]:
         return [100 * max(math.expm1(p[key]), 1e-9) for p in points]

@@ -49,7 +49,9 @@ def curve_figure(book: Book, at: str) -> list[str]:
         chart = both(
             kld_chart(section, WIDE, 380, f"{at}."), kld_chart(section, NARROW, 300, f"{at}.")
         )
-        caption = "Measured KLD against the base; the line is the predicted damage, in nats too."
+        caption = "Measured KLD against the base" + (
+            "; the line is the predicted damage, in nats too." if frontier else "."
+        )
         parts += ["<h3>KLD against size</h3>", figure(chart, caption)]
     return parts
 
