@@ -44,6 +44,7 @@ from quantmix.units import GIB
 
 if TYPE_CHECKING:
     from quantmix.memory.settings import Settings
+    from quantmix.store import Measurement
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +54,7 @@ class Options:
     limits: TypeLimits = field(default_factory=TypeLimits)
     goals: Goals = field(default_factory=Goals)
     measurements: Path | None = None
+    own: tuple[Measurement, ...] = ()
     min_tps: float | None = None
     name: str = ""
 
@@ -102,6 +104,7 @@ def run(model: Model, budget: Budget, options: Options, loss: LossModel | None =
         engine=settings.engine,
         imatrix=options.limits.imatrix,
         measurements=options.measurements,
+        own=options.own,
     )
     palette = build(model, loss, settings.engine, options.limits)
     require_types(model, palette)

@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quantmix.budget import Budget
 from quantmix.design import Design, Options, run
@@ -22,6 +22,9 @@ from quantmix.planner import Goals
 from quantmix.recipe import Recipe
 from quantmix.solve.solver import Limits
 from quantmix.units import gib
+
+if TYPE_CHECKING:
+    from quantmix.store import Measurement
 
 _DEFAULT_UBATCH = 512
 PROFILES = {"generate": 512, "prompt": 4096}
@@ -66,6 +69,7 @@ class Request:
     min_tps: float | None = None
     quality_slack: float | None = None
     measurements: Path | None = None
+    own: bool = False
     layout: str | None = None
     out: Path = Path("recipes")
     name: str | None = None
@@ -139,7 +143,7 @@ def fulfil(
     started = time.perf_counter()
     model = model or load_model(request.model, layout=request.layout)
     budget, notes = budget_of(request, is_mla=model.hparams.is_mla)
-    options = _options(request)
+    options = replace(_options(request), own=own_measurements(model) if request.own else ())
     before = time.perf_counter()
     budget, found, more = _answer_inverse(request, model, budget, options, loss)
     solved = time.perf_counter() - before
@@ -194,6 +198,22 @@ def _profile_note(request: Request, model: Model, found: Design) -> tuple[str, .
             prices.append(f"{gib(more)} on {ours.name}")
     what = f"profile {request.profile}: ubatch {settings.ubatch}"
     return (f"{what} costs {', '.join(prices)} more than {_DEFAULT_UBATCH}",) if prices else (what,)
+
+
+def own_measurements(model: Model) -> tuple[Measurement, ...]:
+    """Return what `quantmix verify` stored of files of this model (QUANTMIX_DB).
+
+    Raises:
+        UsageError: the model is not a GGUF here, so its measurements cannot be told from others.
+    """
+    from quantmix.engine.weights import open_weights
+    from quantmix.store import Store
+
+    if not Path(model.source).exists():
+        raise UsageError(f"--own needs a GGUF file of the model: {model.id} is from {model.source}")
+    fingerprint = open_weights(model.source).model_fingerprint
+    with Store() as store:
+        return tuple(store.find(model=fingerprint))
 
 
 def dump_problem(found: Design, path: Path) -> None:

@@ -89,6 +89,9 @@ def design(
     measurements: Annotated[
         Path | None, typer.Option(help="Sensitivities measured by `quantmix measure`.")
     ] = None,
+    own: Annotated[
+        bool, typer.Option("--own", help="Calibrate on what `verify` stored of this GGUF's mixes.")
+    ] = False,
     layout: Annotated[
         str | None, typer.Option(help="MLA layout of the source: split, ik or legacy.")
     ] = None,
