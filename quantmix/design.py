@@ -16,19 +16,18 @@ from quantmix.assemble import assemble, header_allowance
 from quantmix.budget import Budget
 from quantmix.emit.flags import offload
 from quantmix.errors import InfeasibleBudget
+from quantmix.filesize import plan_in_file
 from quantmix.ggml.types import GgmlType
 from quantmix.loss.model import LossModel
 from quantmix.memory.model import HOST, DeviceMemory, Placement
 from quantmix.models.model import Model
-from quantmix.palette import Palette, TypeLimits, build
+from quantmix.palette import Palette, TypeLimits, build, require_types
 from quantmix.planner import (
     Goals,
     Plan,
     Shortage,
-    plan_in_file,
     plan_on_rig,
     price_per_gib,
-    require_types,
 )
 from quantmix.recipe import (
     DeviceUse,

@@ -245,8 +245,7 @@ def sweep(
     """
     from quantmix.budget import make_settings
     from quantmix.loss import load as load_loss
-    from quantmix.palette import build
-    from quantmix.planner import require_types
+    from quantmix.palette import build, require_types
 
     settings = settings or make_settings()
     limits = limits or TypeLimits()

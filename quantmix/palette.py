@@ -280,3 +280,16 @@ def _guard(model: Model, columns: Sequence[GgmlType], allowed: NDArray[np.bool_]
     if unloaded:
         said.append(f"MTP block, not loaded: the type nearest to {MTP_BPW:g} bpw")
     return said
+
+
+def require_types(model: Model, palette: Palette) -> None:
+    """Refuse a palette that leaves a tensor without any type.
+
+    Raises:
+        UsageError: names the tensor.
+    """
+    for i, t in enumerate(model.tensors):
+        if palette.kept_bytes[i] == 0 and not palette.allowed[i].any():
+            raise UsageError(
+                f"none of the types fits {t.name} (rows of {t.ncols}): add q8_0 to --types"
+            )

@@ -17,7 +17,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantmix.choices import Choices, build_choices, movable_roles, to_problem
-from quantmix.errors import UsageError
 from quantmix.least import Least
 from quantmix.memory.model import HOST, DeviceMemory, Placement
 from quantmix.memory.plan import device_memory
@@ -457,61 +456,3 @@ def price_per_gib(solution: Solution, pools: Sequence[str]) -> dict[str, float]:
         for pool, price in zip(pools, solution.prices, strict=False)
         if price > 0
     }
-
-
-def plan_in_file(
-    model: Model, palette: Palette, capacity_bytes: float, goals: Goals
-) -> tuple[NDArray[np.int64], Solution, Problem] | Shortage:
-    """Return the best mix whose tensors take at most `capacity_bytes`, without devices.
-
-    Raises:
-        UsageError: a tensor has no type left.
-    """
-    n = max((t.layer for t in model.tensors if t.layer is not None), default=-1) + 1
-    placement = Placement((0,) * n, 0)
-    memory = (
-        DeviceMemory("file", 0, 0, 0, ()),
-        DeviceMemory("CPU", 0, 0, 0, ()),
-    )
-    seconds = np.zeros((2, len(model.tensors), len(palette.types)))
-    choices = build_choices(model, palette, placement, memory, seconds)
-    rows = _file_use(choices)
-    problem = Problem(
-        groups=tuple(g.label for g in choices.groups),
-        option=choices.option_label,
-        cost=choices.damage,
-        use=rows[None],
-        pools=("file",),
-        capacities=np.array([[float(capacity_bytes)]]),
-        levels=np.array([choices.level.max()], dtype=np.int64),
-        level=choices.level,
-        constraints=palette.constraints,
-    )
-    found = solve(problem, goals.limits)
-    if found.status == "infeasible":
-        return Shortage({"file": int(np.ceil(found.shortfall.sum()))})
-    return choices.mix(found.choice)[0], found, problem
-
-
-def _file_use(choices: Choices) -> FloatArray:
-    """Return (G, J) bytes in the file, whatever the home and whether loaded or not."""
-    use = np.zeros(choices.damage.shape)
-    for g, group in enumerate(choices.groups):
-        n = len(group.homes)
-        for member, part in zip(group.members, group.parts, strict=True):
-            kept = choices.palette.kept_bytes[member]
-            use[g, :n] += kept or choices.palette.bytes[member, group.columns[:, part]]
-    return use
-
-
-def require_types(model: Model, palette: Palette) -> None:
-    """Refuse a palette that leaves a tensor without any type.
-
-    Raises:
-        UsageError: names the tensor.
-    """
-    for i, t in enumerate(model.tensors):
-        if palette.kept_bytes[i] == 0 and not palette.allowed[i].any():
-            raise UsageError(
-                f"none of the types fits {t.name} (rows of {t.ncols}): add q8_0 to --types"
-            )

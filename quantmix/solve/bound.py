@@ -49,6 +49,11 @@ def usage(use: FloatArray, choice: IntArray) -> FloatArray:
     return total
 
 
+def total(cost: FloatArray, choice: IntArray) -> float:
+    """Return Σ_g cost[g, choice[g]]."""
+    return float(cost[np.arange(len(choice)), choice].sum())
+
+
 def prices_one_pool(cost: FloatArray, use: FloatArray, capacity: float) -> tuple[float, IntArray]:
     """Return the price that maximises the bound for one pool, and a choice that fits at it.
 

@@ -12,10 +12,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -27,27 +23,16 @@ from quantmix.solve.bound import (
     priced_cost,
     prices_by_lp,
     prices_one_pool,
+    total,
     usage,
 )
 from quantmix.solve.core import improve_pool
+from quantmix.solve.exact import Limits, solve_core
 from quantmix.solve.problem import FloatArray, IntArray, Problem, Solution
 from quantmix.solve.tighten import tighten
 
 _STATES = (150, 600)
 """States kept by the dynamic programme in its passes: a quick one, then a thorough one."""
-
-_CORE_LIMIT = 6000
-"""Most 0/1 variables handed to HiGHS; beyond it the core keeps those of least reduced cost."""
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """When to stop: relative gap, nodes and seconds of the exact step (0 seconds: skip it)."""
-
-    gap: float = 8e-5
-    nodes: int = 1000
-    seconds: float = 3.0
-
 
 _ROUGH = Limits(gap=1.0, seconds=0.0)  # the bound and some choice, nothing more
 
@@ -147,28 +132,28 @@ def _solve_level(
     prices, choice = start
     bound = lagrangian(cost, use, capacity, prices)
     if choice is None:
-        choice, _ = _exact(cost, use, capacity, prices, bound, None, limits)
+        choice, _ = solve_core(cost, use, capacity, prices, bound, None, limits)
         if choice is None:
             return _infeasible(cost, use, capacity, level)
     choice = fill(cost, use, capacity, choice, prices)
     if bound >= cutoff:
-        objective = _total(cost, choice)
+        objective = total(cost, choice)
         used = usage(use, choice)
         return Solution("feasible", choice, objective, bound, prices, used, level)
     enough = limits.gap * max(bound, 0.0)
     passes = _STATES if limits.seconds > 0 else _STATES[:1]
     choice = _by_pools(cost, use, capacity, choice, prices, bound, enough, passes)
-    objective = _total(cost, choice)
+    objective = total(cost, choice)
     if limits.seconds > 0 and len(capacity) == 1 and objective - bound > limits.gap * objective:
         choice, bound = _tightened(cost, use, capacity, choice, prices, bound)
-        objective = _total(cost, choice)
+        objective = total(cost, choice)
     if limits.seconds > 0 and objective - bound > limits.gap * abs(objective):
-        better, proven = _exact(cost, use, capacity, prices, bound, choice, limits)
+        better, proven = solve_core(cost, use, capacity, prices, bound, choice, limits)
         bound = max(bound, min(proven, objective))
         if better is not None:
             better = fill(cost, use, capacity, better, prices)
-            if _total(cost, better) < objective:
-                choice, objective = better, _total(cost, better)
+            if total(cost, better) < objective:
+                choice, objective = better, total(cost, better)
     return Solution("feasible", choice, objective, bound, prices, usage(use, choice), level)
 
 
@@ -197,9 +182,9 @@ def _tightened(
         whole = choice.copy()
         whole[tight.large], whole[small] = large, part.choice
         whole = fill(cost, use, capacity, whole, prices)
-        if _total(cost, whole) < _total(cost, choice):
+        if total(cost, whole) < total(cost, choice):
             choice = whole
-    return choice, max(bound, min(tight.lower_bound, _total(cost, choice)))
+    return choice, max(bound, min(tight.lower_bound, total(cost, choice)))
 
 
 def _owners(cost: FloatArray, use: FloatArray) -> IntArray | None:
@@ -250,7 +235,7 @@ def _separately(
             "infeasible", nothing, np.inf, np.inf, prices, np.zeros(n_pools), level, shortfall
         )
     return Solution(
-        "feasible", choice, _total(cost, choice), bound, prices, usage(use, choice), level
+        "feasible", choice, total(cost, choice), bound, prices, usage(use, choice), level
     )
 
 
@@ -268,7 +253,7 @@ def _by_pools(
     rows = np.arange(len(choice))
     for most_states in passes:
         for p in range(len(capacity)):
-            if _total(cost, choice) - bound <= enough:
+            if total(cost, choice) - bound <= enough:
                 return choice
             others = np.delete(np.arange(len(capacity)), p)
             here = use[others]
@@ -392,91 +377,6 @@ def fill(
         choice[g] = j
 
 
-def _exact(
-    cost: FloatArray,
-    use: FloatArray,
-    capacity: FloatArray,
-    prices: FloatArray,
-    bound: float,
-    incumbent: IntArray | None,
-    limits: Limits,
-) -> tuple[IntArray | None, float]:
-    """Solve the core with HiGHS: a choice (None when it finds none) and a bound on any better one.
-
-    An option left out by reduced cost cannot be part of an answer better than `incumbent`, so the
-    core's bound holds for all answers better than it; a core that was cut short proves nothing.
-    """
-    from scipy.optimize import Bounds, LinearConstraint, milp
-    from scipy.sparse import csr_matrix
-
-    reduced = priced_cost(cost, use, prices)
-    reduced = reduced - reduced.min(axis=1, keepdims=True)
-    room = np.inf if incumbent is None else _total(cost, incumbent) - bound
-    keep = np.isfinite(cost) & (reduced <= room * (1 + 1e-9) + 1e-15)
-    whole = bool(keep.sum() <= _CORE_LIMIT + len(cost))
-    if not whole:
-        keep &= reduced <= np.partition(reduced[keep], _CORE_LIMIT)[_CORE_LIMIT]
-    keep[np.arange(len(cost)), reduced.argmin(axis=1)] = True
-    if incumbent is not None:
-        keep[np.arange(len(cost)), incumbent] = True
-    fixed = keep.sum(axis=1) == 1
-    choice = keep.argmax(axis=1).astype(np.int64)
-    if fixed.all():
-        return (choice if (usage(use, choice) <= capacity).all() else None), bound
-    left = capacity - use[:, fixed, choice[fixed]].sum(axis=1)
-    open_groups = np.nonzero(~fixed)[0]
-    g_index, j_index = np.nonzero(keep[open_groups])
-    groups = open_groups[g_index]
-    c = cost[groups, j_index]
-    scale_c = float(np.abs(c).max()) or 1.0
-    bounded = np.nonzero(np.isfinite(left))[0]
-    scale = np.maximum(np.abs(left[bounded]), 1.0)
-    one_each = csr_matrix((np.ones(len(groups)), (g_index, np.arange(len(groups)))))
-    pool_rows = csr_matrix(use[bounded][:, groups, j_index] / scale[:, None])
-    constraints = [LinearConstraint(one_each, 1, 1)]
-    if len(bounded):
-        constraints.append(LinearConstraint(pool_rows, -np.inf, left[bounded] / scale))
-    fixed_cost = float(cost[fixed, choice[fixed]].sum())
-    absolute = limits.gap * max(bound, 0.0) / 2
-    with quiet_stdout():
-        result = milp(
-            c / scale_c,
-            integrality=np.ones(len(groups)),
-            bounds=Bounds(0, 1),
-            constraints=constraints,
-            options={
-                "time_limit": limits.seconds if len(capacity) == 1 else limits.seconds / 2,
-                "node_limit": limits.nodes,
-                "mip_rel_gap": min(1.0, absolute / max(bound - fixed_cost, absolute, 1e-300)),
-            },
-        )
-    proven = bound
-    if whole and result.mip_dual_bound is not None and np.isfinite(result.mip_dual_bound):
-        proven = fixed_cost + float(result.mip_dual_bound) * scale_c * (1 - 1e-9)
-    if result.x is None:
-        return None, proven
-    picked = np.nonzero(result.x > 0.5)[0]
-    if len(picked) != len(open_groups):
-        return None, proven
-    choice[groups[picked]] = j_index[picked]
-    return (choice if (usage(use, choice) <= capacity).all() else None), proven
-
-
-@contextmanager
-def quiet_stdout() -> Iterator[None]:
-    """Send file descriptor 1 to nowhere: HiGHS prints debug lines that no option turns off."""
-    sys.stdout.flush()
-    saved = os.dup(1)
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nowhere, 1)
-        yield
-    finally:
-        os.dup2(saved, 1)
-        os.close(saved)
-        os.close(nowhere)
-
-
 def _infeasible(cost: FloatArray, use: FloatArray, capacity: FloatArray, level: int) -> Solution:
     """Say by how much the least use of every pool exceeds it."""
     allowed = np.where(np.isfinite(cost), use, np.inf)
@@ -494,10 +394,6 @@ def _infeasible(cost: FloatArray, use: FloatArray, capacity: FloatArray, level: 
         level,
         missing,
     )
-
-
-def _total(cost: FloatArray, choice: IntArray) -> float:
-    return float(cost[np.arange(len(choice)), choice].sum())
 
 
 __all__ = ["Limits", "cheapest", "fill", "solve"]

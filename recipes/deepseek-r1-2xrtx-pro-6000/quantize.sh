@@ -14,43 +14,42 @@ THREADS=${THREADS:-$(nproc)}
 
 custom=$(cat <<'RULES'
 # Attention
-^blk\.([0-9]|[1-4][0-9]|5[0-2])\.attn_k_b\.weight$=q6_0
-^blk\.(5[3-9]|60)\.attn_k_b\.weight$=q5_0
-^blk\.([0-9]|1[0-2]|3[7-9]|4[0-9]|5[0-5])\.attn_kv_a_mqa\.weight$=iq6_k
-^blk\.(1[3-9]|2[0-9]|3[0-6])\.attn_kv_a_mqa\.weight$=q8_0
-^blk\.(5[7-9]|60)\.attn_kv_a_mqa\.weight$=iq5_k
-^blk\.56\.attn_kv_a_mqa\.weight$=q6_K
+^blk\.([0-9]|[1-4][0-9]|5[0-4])\.attn_k_b\.weight$=q6_0
+^blk\.(5[5-9]|60)\.attn_k_b\.weight$=q5_0
+^blk\.([0-9]|1[0-2]|4[0-9]|5[0-8])\.attn_kv_a_mqa\.weight$=iq6_k
+^blk\.(1[3-9]|[23][0-9])\.attn_kv_a_mqa\.weight$=q8_0
+^blk\.(59|60)\.attn_kv_a_mqa\.weight$=iq5_k
 ^blk\.(0|49|5[0-2])\.attn_output\.weight$=iq4_ks
-^blk\.([1-9]|10|4[2-8])\.attn_output\.weight$=iq4_k
-^blk\.(1[1-9]|[23][0-9]|4[01])\.attn_output\.weight$=iq5_ks
-^blk\.(5[3-9]|60)\.attn_output\.weight$=iq4_kt
-^blk\.([0-3]|4[5-9]|5[0-5])\.attn_q_a\.weight$=iq5_k
-^blk\.(5[6-9]|60)\.attn_q_a\.weight$=iq5_ks
-^blk\.([6-9]|[1-3][0-9]|4[0-2])\.attn_q_a\.weight$=iq6_k
-^blk\.([45]|4[34])\.attn_q_a\.weight$=q6_K
-^blk\.([0-9]|1[01]|39|4[2-9]|5[0-2])\.attn_q_b\.weight$=iq5_ks
-^blk\.(1[2-9]|2[0-9]|3[0-8]|4[01])\.attn_q_b\.weight$=iq5_k
-^blk\.5[3-6]\.attn_q_b\.weight$=iq4_k
-^blk\.5[78]\.attn_q_b\.weight$=iq4_ks
-^blk\.(59|60)\.attn_q_b\.weight$=iq4_kt
-^blk\.(0|5[0-8])\.attn_v_b\.weight$=iq5_k
-^blk\.([1-9]|[1-3][0-9]|4[0-7])\.attn_v_b\.weight$=iq6_k
-^blk\.4[89]\.attn_v_b\.weight$=q6_K
-^blk\.(59|60)\.attn_v_b\.weight$=iq5_ks
+^blk\.([1-9]|10|4[1-8])\.attn_output\.weight$=iq4_k
+^blk\.(1[1-9]|[23][0-9]|40)\.attn_output\.weight$=iq5_ks
+^blk\.5[3-9]\.attn_output\.weight$=iq4_kt
+^blk\.60\.attn_output\.weight$=iq3_k
+^blk\.([0-3]|4[7-9]|5[0-4])\.attn_q_a\.weight$=iq5_k
+^blk\.(5[5-9]|60)\.attn_q_a\.weight$=iq5_ks
+^blk\.([6-9]|[1-3][0-9]|4[0-5])\.attn_q_a\.weight$=iq6_k
+^blk\.([45]|46)\.attn_q_a\.weight$=q6_K
+^blk\.([0-9]|1[01]|4[1-9]|5[0-2])\.attn_q_b\.weight$=iq5_ks
+^blk\.(1[2-9]|[23][0-9]|40)\.attn_q_b\.weight$=iq5_k
+^blk\.5[3-8]\.attn_q_b\.weight$=iq4_k
+^blk\.(59|60)\.attn_q_b\.weight$=iq4_ks
+^blk\.(0|5[1-9])\.attn_v_b\.weight$=iq5_k
+^blk\.([1-9]|[1-4][0-9]|50)\.attn_v_b\.weight$=iq6_k
+^blk\.60\.attn_v_b\.weight$=iq5_ks
 
 # Dense feed-forward
 ^blk\.[0-9]+\.ffn_(gate|up)\.weight$=iq4_k
 ^blk\.[0-9]+\.ffn_down\.weight$=iq5_ks
 
 # Shared experts
-^blk\.59\.ffn_(down|gate|up)_shexp\.weight$=q6_K
 ^blk\.60\.ffn_(down|gate|up)_shexp\.weight$=q8_0
 ^blk\.(2[1-9]|3[0-3])\.ffn_(gate|up)_shexp\.weight$=iq4_k
-^blk\.(3|5[3-8])\.ffn_(gate|up)_shexp\.weight$=iq5_k
-^blk\.([4-9]|[14][0-9]|20|3[4-9]|5[0-2])\.ffn_(gate|up)_shexp\.weight$=iq5_ks
+^blk\.(3|5[1-8])\.ffn_(gate|up)_shexp\.weight$=iq5_k
+^blk\.([4-9]|[14][0-9]|[25]0|3[4-9])\.ffn_(gate|up)_shexp\.weight$=iq5_ks
+^blk\.59\.ffn_(gate|up)_shexp\.weight$=q6_K
 ^blk\.(2[2-9]|3[0-3])\.ffn_down_shexp\.weight$=iq4_k
-^blk\.([5-9]|[14][0-9]|[25][01]|3[4-9])\.ffn_down_shexp\.weight$=iq5_ks
-^blk\.([34]|5[2-8])\.ffn_down_shexp\.weight$=iq5_k
+^blk\.([5-9]|[14][0-9]|2[01]|3[4-9]|52)\.ffn_down_shexp\.weight$=iq5_ks
+^blk\.5[89]\.ffn_down_shexp\.weight$=q6_K
+^blk\.([34]|5[013-7])\.ffn_down_shexp\.weight$=iq5_k
 
 # Routed experts
 ^blk\.[3-6]\.ffn_(gate|up)_exps\.weight$=iq1_kt
