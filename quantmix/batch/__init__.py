@@ -1,0 +1,1 @@
+"""Pipelines: many models × budgets × steps, content-addressed and resumable (CONTRACT §5)."""

@@ -20,7 +20,7 @@ from quantmix.batch.stepprocess import StepProcess
 from quantmix.errors import EngineError, EngineMissing, UsageError
 
 _RETRIES: Final = 3
-_CONNECT_SECONDS: Final = 15
+_CONNECT_SECONDS: Final = 8
 
 _idle: dict[str, list[StepProcess]] = {}
 _idle_lock = threading.Lock()

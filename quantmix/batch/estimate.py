@@ -1,7 +1,8 @@
 """How long and how large: estimates for a plan, from what this batch measured, else from a table.
 
-`costs.csv` holds seconds per unit of work on two cores of 2020s x86; `tests/bench/bench_batch.py
---costs` measures it again. What has run in the same folder tells more and is used where it is.
+`costs.csv` holds seconds per unit of work on two cores that had other work too, so they are rather
+high; `tests/bench/bench_batch.py --costs` measures them again. What has run in the same folder
+tells more and is used where it is.
 """
 
 from __future__ import annotations

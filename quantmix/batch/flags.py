@@ -104,6 +104,11 @@ def names() -> tuple[str, ...]:
     return tuple(_KINDS)
 
 
+def paths() -> tuple[str, ...]:
+    """Return the flags that are paths."""
+    return tuple(name for name, kind in _KINDS.items() if kind == "Path")
+
+
 def _a(kind: str) -> str:
     return {
         "str": "a text",

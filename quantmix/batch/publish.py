@@ -39,16 +39,27 @@ def publish(state: State, intent: Intent) -> None:
 
 
 def recover(state: State) -> list[Intent]:
-    """Finish what a kill left between finished and done; return it."""
-    intents = state.intents()
-    for intent in intents:
-        publish(state, intent)
+    """Finish what a kill left between finished and done, clean up; return what was finished.
+
+    An intent whose outputs someone removed meanwhile is forgotten: its step runs again.
+    """
+    finished = []
+    for intent in state.intents():
+        staged = any((state.out / source).exists() for source, _ in intent.moves)
+        if staged or all((state.out / path).exists() for path in intent.outputs):
+            publish(state, intent)
+            finished.append(intent)
+        else:
+            state.forget(intent)
     clean(state.out)
-    return intents
+    return finished
 
 
 def clean(out: Path) -> None:
-    """Remove what unfinished steps left in the stage, and replaced folders."""
+    """Remove what unfinished steps left in the stage, and replaced folders.
+
+    Only when every intent is published: a committed one still needs its stage.
+    """
     for name in (STAGE, _TRASH):
         shutil.rmtree(out / name, ignore_errors=True)
 

@@ -19,7 +19,7 @@ from quantmix.units import GIB, gib
 
 _SPARE_BYTES: Final = 64 << 20
 _STEP_MEMORY_BYTES: Final = GIB
-"""What a design or check of the largest models takes at most (measured: see docs/cluster.md)."""
+"""Above a design and check of DeepSeek-R1 and Kimi-K2: 191 MiB, and 644 MiB for their engine."""
 
 
 class Watcher(Protocol):
@@ -322,7 +322,7 @@ class _Run:
         """Remove big files that `keep` does not keep, of items that are finished.
 
         `last` keeps the last made of a job (with `before`: none before that item), `best` the one
-        of lowest measured perplexity, or of least predicted damage where none was measured.
+        nearest to its base: by KLD, else by perplexity, else by predicted damage.
         """
         if self.keep == "all":
             return
@@ -344,8 +344,9 @@ class _Run:
 
     def _quality(self, item: Item) -> float:
         results = {j.step: j.last.result for j in self.judged[item.name] if j.last is not None}
-        measured = results.get("verify", {}).get("ppl")
-        return float(measured if measured is not None else results["design"]["damage"])
+        measured = results.get("verify", {})
+        found = [measured.get("kld"), measured.get("ppl"), results["design"]["damage"]]
+        return float(next(x for x in found if x is not None))
 
     def _remove_big_file(self, item: Item) -> None:
         """Forget the file, then remove it; the next run removes what a kill between left."""
@@ -379,6 +380,7 @@ def run(
         return _Run(batch, executor, watcher, keep, disk_bytes).go()
     finally:
         executor.stop()
+        recover(batch.state)
 
 
 def any_due(judged: Sequence[Sequence[Judged]]) -> bool:

@@ -101,7 +101,11 @@ class State:
             self._db = sqlite3.connect(":memory:", isolation_level=None)
         else:
             self._db = self._open(readonly)
-        self._guarded(lambda: self._create(readonly))
+        try:
+            self._guarded(lambda: self._create(readonly))
+        except BadFile:
+            self.close()
+            raise
 
     def __enter__(self) -> State:
         return self
@@ -112,9 +116,7 @@ class State:
     def close(self) -> None:
         """Close the file and let others in."""
         self._db.close()
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        self._unlock()
 
     # -- steps ------------------------------------------------------------------------------
 
@@ -172,9 +174,11 @@ class State:
                     *(_text(intent.result), _text(intent.outputs)),
                 ),
             )
-            self._run(
-                "DELETE FROM intent WHERE recipe = ? AND step = ?", (intent.recipe, intent.step)
-            )
+            self.forget(intent)
+
+    def forget(self, intent: Intent) -> None:
+        """Take back an intent."""
+        self._run("DELETE FROM intent WHERE recipe = ? AND step = ?", (intent.recipe, intent.step))
 
     def failed(
         self,
@@ -255,12 +259,18 @@ class State:
                 self._lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            self._unlock()
             raise UsageError(
                 f"another batch is working in {self.out}: wait for it, or use another out"
             ) from None
         except OSError as err:
             raise UsageError(f"cannot write to {self.out}: {err.strerror}") from err
         return sqlite3.connect(self.path, timeout=30, isolation_level=None)
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def _create(self, readonly: bool) -> None:
         (version,) = self._db.execute("PRAGMA user_version").fetchone()

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from quantmix.batch import identity
+from quantmix.batch import flags, identity
 from quantmix.batch.state import FOLDER
 from quantmix.errors import (
     CheckFailed,
@@ -104,11 +104,11 @@ def perform(payload: Mapping[str, Any], workshop: Workshop, emit: Emit) -> dict[
             if inside not in made.carried
         }
         _sync(stage)
-    except QuantmixError as err:
+    except (QuantmixError, OSError) as err:
         return {
             "ok": False,
             "message": str(err),
-            "code": err.exit_code,
+            "code": err.exit_code if isinstance(err, QuantmixError) else 2,
             "lasting": isinstance(err, _LASTING),
             "seconds": time.perf_counter() - started,
         }
@@ -146,7 +146,7 @@ class _Order:
         from quantmix.request import Request
 
         values = dict(self.payload["request"])
-        for key in ("measurements", "dump_problem"):
+        for key in flags.paths():
             if values.get(key) is not None:
                 values[key] = Path(values[key])
         return Request(**{**values, "out": self.stage, "name": self.name, "no_check": True})

@@ -28,10 +28,12 @@ _ROWS = 60  # more items than this are summed up, not listed
 
 def print_plan(screen: Console, plan: Mapping[str, Any]) -> None:
     """Print what would run."""
+    from rich.markup import escape
+
     counts = plan["counts"]
     todo = counts["run"] + counts["later"]
     screen.print(
-        f"[bold]{plan['pipeline']}[/bold]: {len(plan['items'])} recipes, "
+        f"[bold]{escape(plan['pipeline'])}[/bold]: {len(plan['items'])} recipes, "
         f"{sum(counts.values())} steps: {counts['done']} up to date, {todo} to run"
         + (f", {counts['failed']} failed before and would again" if counts["failed"] else "")
     )
@@ -58,6 +60,8 @@ def print_plan(screen: Console, plan: Mapping[str, Any]) -> None:
 
 def print_summary(screen: Console, document: Mapping[str, Any]) -> None:
     """Print what became of it, reasons of failures in full."""
+    from rich.markup import escape
+
     counts = document["counts"]
     if len(document["items"]) <= _ROWS:
         screen.print(_summary_table(document))
@@ -65,7 +69,7 @@ def print_summary(screen: Console, document: Mapping[str, Any]) -> None:
         if not row["ok"]:
             log = next((s["log"] for s in row["steps"] if s["log"]), "")
             more = f" (log: {log})" if log else ""
-            screen.print(f"[red]{_name(row)}[/red] {row['reason']}{more}", markup=True)
+            screen.print(f"[red]{_name(row)}[/red] {escape(row['reason'] + more)}")
         for warning in row["warnings"]:
             screen.print(f"{_name(row)}: warning: {warning}", markup=False)
     screen.print(
@@ -95,7 +99,9 @@ def _table(*columns: str) -> Any:
 
     table = Table(box=None, pad_edge=False, header_style="dim")
     for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=i > 0)
+        table.add_column(
+            column, justify="left" if i == 0 else "right", no_wrap=i > 0, overflow="fold"
+        )
     return table
 
 

@@ -1,0 +1,94 @@
+"""Naming outputs: complete, replaceable, and the same after a kill at any point."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from quantmix.batch import identity
+from quantmix.batch.publish import STAGE, publish, recover, require_free_name
+from quantmix.batch.state import Intent, State
+from quantmix.errors import UsageError
+
+
+def staged(out: Path, text: str) -> Intent:
+    """Put a folder and a file into the stage and return their intent."""
+    stage = out / STAGE / "r.design.1"
+    (stage / "r").mkdir(parents=True)
+    (stage / "r" / "a").write_text(text)
+    (stage / "extra").write_text(text + "!")
+    moves = ((f"{STAGE}/r.design.1/r", "r"), (f"{STAGE}/r.design.1/extra", "r/extra"))
+    outputs = {
+        "r/a": identity.of_file(stage / "r" / "a"),
+        "r/extra": identity.of_file(stage / "extra"),
+    }
+    return Intent("r", "design", text, 1.0, {}, outputs, moves)
+
+
+def names(folder: Path) -> dict[str, str]:
+    """Return file → content."""
+    return {p.name: p.read_text() for p in sorted(folder.iterdir())}
+
+
+@pytest.mark.parametrize("moved", [0, 1, 2])
+@pytest.mark.parametrize("older", [False, True])
+def test_a_kill_between_moves_changes_nothing(tmp_path: Path, moved: int, older: bool) -> None:
+    """However many moves were made before the kill, recovery ends the same."""
+    with State(tmp_path) as state:
+        if older:
+            publish(state, staged(tmp_path, "old"))
+        intent = staged(tmp_path, "new")
+        state.intend(intent)
+    if older and moved:
+        shutil.rmtree(tmp_path / "r")
+    for source, target in intent.moves[:moved]:
+        (tmp_path / source).rename(tmp_path / target)
+    with State(tmp_path) as state:
+        assert [i.key for i in recover(state)] == ["new"]
+        last = state.step("r", "design")
+        assert last is not None
+        assert last.status == "done"
+    assert names(tmp_path / "r") == {"a": "new", "extra": "new!"}
+    assert not (tmp_path / STAGE).exists()
+
+
+def test_a_replaced_folder_leaves_nothing(tmp_path: Path) -> None:
+    """Files of the old folder are gone unless they were carried over."""
+    with State(tmp_path) as state:
+        publish(state, staged(tmp_path, "old"))
+        (tmp_path / "r" / "stale").write_text("x")
+        publish(state, staged(tmp_path, "new"))
+    assert names(tmp_path / "r") == {"a": "new", "extra": "new!"}
+
+
+def test_what_was_not_finished_is_cleaned_away(tmp_path: Path) -> None:
+    """A stage without intent is removed, named outputs are not."""
+    with State(tmp_path) as state:
+        publish(state, staged(tmp_path, "one"))
+        staged(tmp_path, "half")
+        assert recover(state) == []
+    assert names(tmp_path / "r") == {"a": "one", "extra": "one!"}
+    assert not (tmp_path / STAGE).exists()
+
+
+def test_an_intent_without_outputs_is_forgotten(tmp_path: Path) -> None:
+    """When someone removed the stage, the step is not finished after all."""
+    with State(tmp_path) as state:
+        state.intend(staged(tmp_path, "one"))
+        shutil.rmtree(tmp_path / STAGE)
+        assert recover(state) == []
+        assert state.intents() == []
+        assert state.step("r", "design") is None
+
+
+def test_folders_of_others_are_not_replaced(tmp_path: Path) -> None:
+    """A folder that is no recipe, or a file, is refused."""
+    (tmp_path / "a").mkdir()
+    require_free_name(tmp_path / "a")
+    (tmp_path / "a" / "thesis.tex").write_text("x")
+    (tmp_path / "b").write_text("x")
+    for name in ("a", "b"):
+        with pytest.raises(UsageError):
+            require_free_name(tmp_path / name)
