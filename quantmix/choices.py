@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,12 +14,10 @@ from quantmix.models.model import Model
 from quantmix.palette import Palette
 from quantmix.solve.problem import FloatArray, IntArray, Problem
 
-# Pairs that the engines fuse when both have one type (DESIGN §4.8).
-_TIED = {
-    "ffn_gate_exps": "ffn_up_exps",
-    "ffn_gate_shexp": "ffn_up_shexp",
-    "ffn_gate": "ffn_up",
-}
+# Pairs that the engines fuse when both have one type. Splitting experts costs several times the
+# speed, so they are always tied; the others only where speed matters (a rig, not a bare file size).
+_TIED_EXPERTS = {"ffn_gate_exps": "ffn_up_exps"}
+_TIED = {**_TIED_EXPERTS, "ffn_gate_shexp": "ffn_up_shexp", "ffn_gate": "ffn_up"}
 _EXPERTS = ("ffn_up_exps", "ffn_gate_exps", "ffn_down_exps", "ffn_gate_up_exps")
 _DENSE_FFN = ("ffn_up", "ffn_gate", "ffn_down")
 
@@ -93,12 +91,14 @@ def build_choices(
     seconds: FloatArray,
     *,
     movable: bool = False,
+    tie_dense: bool = True,
 ) -> Choices:
     """Return all groups with their options.
 
     Args:
         placement: where layers live, and which layers' experts lie in RAM.
         movable: those layers' experts may lie in RAM, or stay on the layer's GPU.
+        tie_dense: up and gate share a type outside the experts too.
         memory: from the memory model, GPUs in order, then the host.
         seconds: (D, T, Q) time per token of a tensor at a type on a device.
 
@@ -106,11 +106,12 @@ def build_choices(
         UsageError: a tensor has no type that its device can run.
     """
     homes = tensor_homes(model, placement)
+    ties = _TIED if tie_dense else _TIED_EXPERTS
     if movable:
-        groups = _groups(model, palette, homes, placement.cpu_experts)
+        groups = _groups(model, palette, homes, placement.cpu_experts, ties)
     else:
         homes[in_ram(model, placement)] = HOST
-        groups = _groups(model, palette, homes, frozenset())
+        groups = _groups(model, palette, homes, frozenset(), ties)
     width = max(len(g.homes) for g in groups)
     n_devices = len(memory)
     shape = (len(groups), width)
@@ -210,6 +211,7 @@ def _groups(
     palette: Palette,
     homes: NDArray[np.int64],
     movable_layers: frozenset[int],
+    ties: Mapping[str, str],
 ) -> list[Group]:
     """Split the tensors into groups: tied pairs, and whole expert layers where they may move."""
     by_place = {(t.layer, t.role): i for i, t in enumerate(model.tensors)}
@@ -223,7 +225,7 @@ def _groups(
             members = [by_place[t.layer, r] for r in roles if (t.layer, r) in by_place]
             group = _movable_group(model, palette, members, int(homes[i]))
         else:
-            partner = _partner(by_place, t.layer, t.role)
+            partner = _partner(by_place, t.layer, t.role, ties)
             members = [i] if partner is None else [i, partner]
             group = _fixed_group(model, palette, members, int(homes[i]))
         done.update(members)
@@ -232,9 +234,12 @@ def _groups(
 
 
 def _partner(
-    by_place: dict[tuple[int | None, str], int], layer: int | None, role: str
+    by_place: dict[tuple[int | None, str], int],
+    layer: int | None,
+    role: str,
+    ties: Mapping[str, str],
 ) -> int | None:
-    other = _TIED.get(role) or next((a for a, b in _TIED.items() if b == role), None)
+    other = ties.get(role) or next((a for a, b in ties.items() if b == role), None)
     return by_place.get((layer, other)) if other else None
 
 

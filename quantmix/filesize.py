@@ -29,7 +29,7 @@ def plan_in_file(
         DeviceMemory("CPU", 0, 0, 0, ()),
     )
     seconds = np.zeros((2, len(model.tensors), len(palette.types)))
-    choices = build_choices(model, palette, placement, memory, seconds)
+    choices = build_choices(model, palette, placement, memory, seconds, tie_dense=False)
     rows = _file_use(choices)
     problem = Problem(
         groups=tuple(g.label for g in choices.groups),
