@@ -22,15 +22,8 @@ def plan_in_file(
     Raises:
         UsageError: a tensor has no type left.
     """
-    n = max((t.layer for t in model.tensors if t.layer is not None), default=-1) + 1
-    placement = Placement((0,) * n, 0)
-    memory = (
-        DeviceMemory("file", 0, 0, 0, ()),
-        DeviceMemory("CPU", 0, 0, 0, ()),
-    )
-    seconds = np.zeros((2, len(model.tensors), len(palette.types)))
-    choices = build_choices(model, palette, placement, memory, seconds, tie_dense=False)
-    rows = _file_use(choices)
+    choices = choices_in_file(model, palette)
+    rows = file_use(choices)
     problem = Problem(
         groups=tuple(g.label for g in choices.groups),
         option=choices.option_label,
@@ -48,7 +41,23 @@ def plan_in_file(
     return choices.mix(found.choice)[0], found, problem
 
 
-def _file_use(choices: Choices) -> FloatArray:
+def choices_in_file(model: Model, palette: Palette) -> Choices:
+    """Return groups and options when only the size of the file matters; experts stay tied.
+
+    Raises:
+        UsageError: a tensor has no type left.
+    """
+    n = max((t.layer for t in model.tensors if t.layer is not None), default=-1) + 1
+    placement = Placement((0,) * n, 0)
+    memory = (
+        DeviceMemory("file", 0, 0, 0, ()),
+        DeviceMemory("CPU", 0, 0, 0, ()),
+    )
+    seconds = np.zeros((2, len(model.tensors), len(palette.types)))
+    return build_choices(model, palette, placement, memory, seconds, tie_dense=False)
+
+
+def file_use(choices: Choices) -> FloatArray:
     """Return (G, J) bytes in the file, whatever the home and whether loaded or not."""
     use = np.zeros(choices.damage.shape)
     for g, group in enumerate(choices.groups):

@@ -18,19 +18,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantmix.assemble import header_allowance
-from quantmix.choices import Choices, build_choices
+from quantmix.choices import Choices
 from quantmix.errors import InfeasibleBudget, UsageError
+from quantmix.filesize import choices_in_file, file_use
 from quantmix.ggml.types import GgmlType
 from quantmix.loss.evidence import Published, of_model
 from quantmix.loss.model import LossModel
-from quantmix.memory.model import DeviceMemory, Placement
+from quantmix.memory.model import Placement
 from quantmix.memory.plan import device_memory, is_tied
 from quantmix.memory.settings import Settings
 from quantmix.models.model import Model
 from quantmix.palette import Palette, TypeLimits
 from quantmix.recipe import Quality
 from quantmix.solve.frontier import Hull, knee
-from quantmix.solve.problem import FloatArray, IntArray
+from quantmix.solve.problem import IntArray
 from quantmix.units import GIB, gib, parse_size
 
 DEFAULT_POINTS = 40
@@ -254,11 +255,7 @@ def sweep(
     )
     palette = build(model, loss, settings.engine, limits)
     require_types(model, palette)
-    n_layers = max((t.layer for t in model.tensors if t.layer is not None), default=-1) + 1
-    placement = Placement((0,) * n_layers, 0)
-    memory = (DeviceMemory("file", 0, 0, 0, ()), DeviceMemory("CPU", 0, 0, 0, ()))
-    seconds = np.zeros((2, len(model.tensors), len(palette.types)))
-    choices = build_choices(model, palette, placement, memory, seconds)
+    choices = choices_in_file(model, palette)
     hull = Hull.of(choices.damage, file_use(choices))
     return Sweep(model, palette, choices, hull, loss, settings, _fixed_bytes(model, settings))
 
@@ -313,18 +310,6 @@ def parse_bound(text: str | None, flag: str, model: Model) -> int | None:
     return parse_size(text, flag)
 
 
-def file_use(choices: Choices) -> FloatArray:
-    """Return (G, J) bytes in the file, whatever the home and whether loaded or not."""
-    use = np.zeros(choices.damage.shape)
-    palette = choices.palette
-    for g, group in enumerate(choices.groups):
-        n = len(group.homes)
-        for member, part in zip(group.members, group.parts, strict=True):
-            kept = palette.kept_bytes[member]
-            use[g, :n] += kept or palette.bytes[member, group.columns[:, part]]
-    return use
-
-
 def _fixed_bytes(model: Model, settings: Settings) -> int:
     """Return what one device holds besides weights: cache, tensors built at load, buffers."""
     from quantmix.rig.rigs import ideal_rig
@@ -353,4 +338,4 @@ def _published(swept: Sweep) -> tuple[tuple[Mark, ...], tuple[str, ...]]:
     return tuple(sorted(marks, key=lambda m: (m.tensor_bytes, m.row.label))), tuple(unplaced)
 
 
-__all__ = ["Frontier", "Mark", "Point", "Sweep", "file_use", "frontier", "parse_bound", "sweep"]
+__all__ = ["Frontier", "Mark", "Point", "Sweep", "frontier", "parse_bound", "sweep"]
