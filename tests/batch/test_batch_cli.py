@@ -240,3 +240,15 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
     assert done.errors.count("\n") == 1
     assert "job 1 (qwen3-0.6b): budgets: number 1: unknown flag '--vrm'" in done.errors
     assert not (place / "recipes").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.engine
+def test_a_recipe_is_the_one_that_design_writes(real: Path, tmp_path: Path) -> None:
+    """Batch and the command write the same folder, byte for byte but for the date."""
+    flags = ["--vram", "2G", "--ctx", "4096", "--quiet", "--out", str(tmp_path)]
+    design = [*command()[:-1], "design", "qwen3-0.6b", *flags]
+    assert subprocess.run(design, check=False).returncode == 0
+    batched = {k: v for k, v in tree(real / "recipes").items() if k.startswith("qwen3")}
+    assert len(batched) >= 8
+    assert tree(tmp_path) == batched
