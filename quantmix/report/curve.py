@@ -128,7 +128,8 @@ def _tag(section: dict[str, Any], recipe: dict[str, Any]) -> str:
     """What stands beside the mark of a recipe."""
     if len(section["recipes"]) == 1:
         return "this recipe"
-    return str(recipe["budget"] or recipe["name"])
+    budget = str(recipe["budget"])
+    return str(recipe["name"]) if not budget or budget.isdigit() else budget
 
 
 def residual_chart(
