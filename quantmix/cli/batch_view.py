@@ -131,9 +131,9 @@ def watching(screen: Console, plan: Mapping[str, Any]) -> Iterator[Watcher]:
     if not screen.is_terminal or screen.quiet or not total:
         yield _Lines(screen, total)
         return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[count]}"))
     with Progress(*columns, TimeElapsedColumn(), console=screen, transient=True) as progress:
         yield _Bars(screen, progress, total)
 
@@ -167,24 +167,28 @@ class _Bars(_Lines):
     def __init__(self, screen: Console, progress: Progress, total: int) -> None:
         super().__init__(screen, total)
         self._progress = progress
-        self._all = progress.add_task("batch", total=total)
+        self._all = progress.add_task("batch", total=total, count=f"0/{total}")
         self._tasks: dict[tuple[str, str], TaskID] = {}
 
     def started(self, item: Item, step: str) -> None:
         """Show a bar."""
-        self._tasks[item.name, step] = self._progress.add_task(f"  {item.name} {step}", total=None)
+        self._tasks[item.name, step] = self._progress.add_task(
+            f"  {item.name} {step}", total=None, count=""
+        )
 
     def progress(self, item: Item, step: str, event: Mapping[str, Any]) -> None:
         """Fill it by tensors or chunks."""
         done = event.get("tensor", event.get("chunk"))
         if done is not None and (item.name, step) in self._tasks:
             task = self._tasks[item.name, step]
-            self._progress.update(task, completed=done, total=event.get("of"))
+            of = event.get("of")
+            self._progress.update(task, completed=done, total=of, count=f"{done}/{of}")
 
     def ended(self, item: Item, step: str, seconds: float, reason: str) -> None:
         """Remove it, count the step."""
         task = self._tasks.pop((item.name, step), None)
         if task is not None:
             self._progress.remove_task(task)
-        self._progress.advance(self._all)
         super().ended(item, step, seconds, reason)
+        count = f"{self._n}/{self._total}"
+        self._progress.update(self._all, completed=self._n, count=count)
