@@ -1,0 +1,79 @@
+#!/usr/bin/env bash
+# deepseek-r1-0528, 156.50 GiB, 2.003 bpw (ik), by quantmix 0.1.0
+# Usage: quantize.sh [--dry-run] SOURCE.gguf OUT.gguf [IMATRIX]     (or SOURCE, OUT, IMATRIX in the
+# environment; QUANTIZE names the program, THREADS the number of threads)
+set -euo pipefail
+
+options=()
+while [[ ${1:-} == --* ]]; do options+=("$1"); shift; done
+SOURCE=${1:-${SOURCE:?the source GGUF (bf16) is the first argument}}
+OUT=${2:-${OUT:?the GGUF to write is the second argument}}
+IMATRIX=${3:-${IMATRIX:-}}
+QUANTIZE=${QUANTIZE:-llama-quantize}
+THREADS=${THREADS:-$(nproc)}
+
+custom=$(cat <<'RULES'
+# Attention
+^blk\.([0-7]|3[89]|4[0-9])\.attn_k_b\.weight$=q5_0
+^blk\.(5[0-9]|60)\.attn_k_b\.weight$=iq4_nl
+^blk\.([89]|[12][0-9]|3[0-7])\.attn_k_b\.weight$=q6_0
+^blk\.(0|4[6-9]|5[0-2])\.attn_kv_a_mqa\.weight$=iq5_k
+^blk\.([1-9]|[1-3][0-9]|4[0-3])\.attn_kv_a_mqa\.weight$=iq6_k
+^blk\.4[45]\.attn_kv_a_mqa\.weight$=q6_K
+^blk\.(5[3-9]|60)\.attn_kv_a_mqa\.weight$=iq5_ks
+^blk\.(0|4[6-9])\.attn_output\.weight$=iq3_k
+^blk\.(1[5-9]|2[0-9]|3[01])\.attn_output\.weight$=iq4_ks
+^blk\.([1-9]|1[0-4]|3[2-9]|4[0-5])\.attn_output\.weight$=iq4_kt
+^blk\.(5[0-9]|60)\.attn_output\.weight$=iq3_kt
+^blk\.([0-8]|3[89]|4[0-9]|50)\.attn_q_a\.weight$=iq5_ks
+^blk\.5[1-5]\.attn_q_a\.weight$=iq4_k
+^blk\.5[6-8]\.attn_q_a\.weight$=iq4_ks
+^blk\.(9|[12][0-9]|3[0-7])\.attn_q_a\.weight$=iq5_k
+^blk\.(59|60)\.attn_q_a\.weight$=iq4_kt
+^blk\.([0-2]|4[3-7])\.attn_q_b\.weight$=iq4_ks
+^blk\.(1[5-9]|2[0-9]|30)\.attn_q_b\.weight$=iq5_ks
+^blk\.([3-9]|1[0-4]|3[1-9]|4[0-2])\.attn_q_b\.weight$=iq4_k
+^blk\.(4[89]|5[0-5])\.attn_q_b\.weight$=iq4_kt
+^blk\.5[6-8]\.attn_q_b\.weight$=iq3_k
+^blk\.(59|60)\.attn_q_b\.weight$=iq3_kt
+^blk\.([0-9]|1[0-5]|3[1-9]|4[0-6])\.attn_v_b\.weight$=iq5_k
+^blk\.(1[6-9]|2[0-9]|30)\.attn_v_b\.weight$=q6_K
+^blk\.(4[7-9]|5[0-3])\.attn_v_b\.weight$=iq5_ks
+^blk\.(5[4-9]|60)\.attn_v_b\.weight$=iq4_k
+
+# Dense feed-forward
+^blk\.0\.ffn_(gate|up)\.weight$=iq4_ks
+^blk\.[12]\.ffn_(gate|up)\.weight$=iq4_kt
+^blk\.[0-9]+\.ffn_down\.weight$=iq4_k
+
+# Shared experts
+^blk\.([3-7]|5[1-9])\.ffn_(down|gate|up)_shexp\.weight$=iq5_ks
+^blk\.60\.ffn_(down|gate|up)_shexp\.weight$=q8_0
+^blk\.(1[4-9]|2[0-689]|3[013-9]|4[0-4])\.ffn_(gate|up)_shexp\.weight$=iq4_ks
+^blk\.(27|32)\.ffn_(gate|up)_shexp\.weight$=iq4_kt
+^blk\.([89]|1[0-3]|4[5-9]|50)\.ffn_(gate|up)_shexp\.weight$=iq4_k
+^blk\.(1[6-9]|[23][0-9]|4[0-2])\.ffn_down_shexp\.weight$=iq4_ks
+^blk\.([89]|1[0-5]|4[3-9]|50)\.ffn_down_shexp\.weight$=iq4_k
+
+# Routed experts
+^blk\.([3-9]|[1-3][0-9]|40)\.ffn_(gate|up)_exps\.weight$=iq1_kt
+^blk\.(4[1-9]|5[0-9]|60)\.ffn_(gate|up)_exps\.weight$=iq2_kt
+^blk\.(2[2-9]|[3-5][0-9]|60)\.ffn_down_exps\.weight$=iq2_kt
+^blk\.([3-9]|1[0-9]|2[01])\.ffn_down_exps\.weight$=iq1_kt
+
+# Token embedding and output
+^output\.weight$=iq6_k
+^token_embd\.weight$=q8_0
+RULES
+)
+custom=$(grep -v '^#' <<<"$custom" | sed '/^$/d' | paste -sd, -)
+
+# ik_llama.cpp reads the old imatrix format only; a GGUF imatrix is converted first.
+if [[ -n $IMATRIX && $(head -c 4 -- "$IMATRIX") == GGUF ]]; then
+  quantmix imatrix --convert "$IMATRIX" --out "${IMATRIX%.gguf}.dat" || exit
+  IMATRIX="${IMATRIX%.gguf}.dat"
+fi
+
+[[ -n $IMATRIX ]] && options+=(--imatrix "$IMATRIX")
+"$QUANTIZE" "${options[@]}" --custom-q "$custom" \
+  "$SOURCE" "$OUT" IQ2_KT "$THREADS"

@@ -1,0 +1,75 @@
+#!/usr/bin/env bash
+# deepseek-r1-0528, 252.50 GiB, 3.232 bpw (ik), by quantmix 0.1.0
+# Usage: quantize.sh [--dry-run] SOURCE.gguf OUT.gguf [IMATRIX]     (or SOURCE, OUT, IMATRIX in the
+# environment; QUANTIZE names the program, THREADS the number of threads)
+set -euo pipefail
+
+options=()
+while [[ ${1:-} == --* ]]; do options+=("$1"); shift; done
+SOURCE=${1:-${SOURCE:?the source GGUF (bf16) is the first argument}}
+OUT=${2:-${OUT:?the GGUF to write is the second argument}}
+IMATRIX=${3:-${IMATRIX:-}}
+QUANTIZE=${QUANTIZE:-llama-quantize}
+THREADS=${THREADS:-$(nproc)}
+
+custom=$(cat <<'RULES'
+# Attention
+^blk\.([0-9]|1[0-5]|3[13-9]|4[0-9]|5[0-7])\.attn_k_b\.weight$=q6_0
+^blk\.(1[6-9]|2[0-9]|3[02])\.attn_k_b\.weight$=q8_0
+^blk\.(5[89]|60)\.attn_k_b\.weight$=q5_0
+^blk\.([0-9]|[1-3][0-9]|4[0-8])\.attn_kv_a_mqa\.weight$=q8_0
+^blk\.(49|5[0-9]|60)\.attn_kv_a_mqa\.weight$=iq6_k
+^blk\.(0|4[6-9]|50)\.attn_output\.weight$=iq4_k
+^blk\.([1-9]|[1-3][0-9]|4[0-5])\.attn_output\.weight$=iq5_ks
+^blk\.5[1-5]\.attn_output\.weight$=iq4_ks
+^blk\.(5[6-9]|60)\.attn_output\.weight$=iq4_kt
+^blk\.([0-9]|[1-4][0-9]|50)\.attn_q_a\.weight$=iq6_k
+^blk\.5[1-8]\.attn_q_a\.weight$=iq5_k
+^blk\.(59|60)\.attn_q_a\.weight$=iq5_ks
+^blk\.(0|4[6-9]|5[0-4])\.attn_q_b\.weight$=iq5_ks
+^blk\.([1-9]|1[0-3]|3[2-9]|4[0-5])\.attn_q_b\.weight$=iq5_k
+^blk\.(1[5-9]|2[0-9]|3[01])\.attn_q_b\.weight$=iq6_k
+^blk\.(5[5-9]|60)\.attn_q_b\.weight$=iq4_k
+^blk\.14\.attn_q_b\.weight$=q6_K
+^blk\.([0-9]|1[01]|3[5-9]|4[0-9]|5[0-4])\.attn_v_b\.weight$=iq6_k
+^blk\.(1[2-9]|2[0-9]|3[0-4])\.attn_v_b\.weight$=q8_0
+^blk\.(5[6-9]|60)\.attn_v_b\.weight$=iq5_k
+^blk\.55\.attn_v_b\.weight$=q6_K
+
+# Dense feed-forward
+^blk\.[0-9]+\.ffn_(gate|up)\.weight$=iq5_ks
+^blk\.[0-9]+\.ffn_down\.weight$=iq5_k
+
+# Shared experts
+^blk\.60\.ffn_(down|gate|up)_shexp\.weight$=q8_0
+^blk\.(2[1-9]|3[0-7])\.ffn_(gate|up)_shexp\.weight$=iq5_ks
+^blk\.([3-7]|5[2-9])\.ffn_(gate|up)_shexp\.weight$=iq6_k
+^blk\.([89]|[14][0-9]|20|3[89]|5[01])\.ffn_(gate|up)_shexp\.weight$=iq5_k
+^blk\.(2[4-9]|3[0-4])\.ffn_down_shexp\.weight$=iq5_ks
+^blk\.([3-7]|5[1-9])\.ffn_down_shexp\.weight$=iq6_k
+^blk\.8\.ffn_down_shexp\.weight$=q6_K
+^blk\.(9|[14][0-9]|2[0-3]|3[5-9]|50)\.ffn_down_shexp\.weight$=iq5_k
+
+# Routed experts
+^blk\.([7-9]|[1-5][0-9]|60)\.ffn_(gate|up)_exps\.weight$=iq3_kt
+^blk\.[34]\.ffn_(gate|up)_exps\.weight$=iq2_kt
+^blk\.[56]\.ffn_(gate|up)_exps\.weight$=iq2_kl
+^blk\.(2[6-9]|[3-5][0-9]|60)\.ffn_down_exps\.weight$=iq3_k
+^blk\.([3-9]|1[0-9]|2[0-5])\.ffn_down_exps\.weight$=iq3_kt
+
+# Token embedding and output
+^output\.weight$=q8_0
+^token_embd\.weight$=q8_0
+RULES
+)
+custom=$(grep -v '^#' <<<"$custom" | sed '/^$/d' | paste -sd, -)
+
+# ik_llama.cpp reads the old imatrix format only; a GGUF imatrix is converted first.
+if [[ -n $IMATRIX && $(head -c 4 -- "$IMATRIX") == GGUF ]]; then
+  quantmix imatrix --convert "$IMATRIX" --out "${IMATRIX%.gguf}.dat" || exit
+  IMATRIX="${IMATRIX%.gguf}.dat"
+fi
+
+[[ -n $IMATRIX ]] && options+=(--imatrix "$IMATRIX")
+"$QUANTIZE" "${options[@]}" --custom-q "$custom" \
+  "$SOURCE" "$OUT" IQ3_KT "$THREADS"

@@ -1,0 +1,54 @@
+#!/usr/bin/env bash
+# kimi-k2-instruct, 509.30 GiB, 4.262 bpw (ik), by quantmix 0.1.0
+# Usage: quantize.sh [--dry-run] SOURCE.gguf OUT.gguf [IMATRIX]     (or SOURCE, OUT, IMATRIX in the
+# environment; QUANTIZE names the program, THREADS the number of threads)
+set -euo pipefail
+
+options=()
+while [[ ${1:-} == --* ]]; do options+=("$1"); shift; done
+SOURCE=${1:-${SOURCE:?the source GGUF (bf16) is the first argument}}
+OUT=${2:-${OUT:?the GGUF to write is the second argument}}
+IMATRIX=${3:-${IMATRIX:-}}
+QUANTIZE=${QUANTIZE:-llama-quantize}
+THREADS=${THREADS:-$(nproc)}
+
+custom=$(cat <<'RULES'
+# Attention
+^blk\.[0-9]+\.attn_(k_b|kv_a_mqa|q_a|v_b)\.weight$=q8_0
+^blk\.([0-9]|[1-3][0-9]|4[0-8])\.attn_output\.weight$=q8_0
+^blk\.(49|5[0-9]|60)\.attn_output\.weight$=iq6_k
+^blk\.([0-9]|[1-4][0-9]|5[0-8])\.attn_q_b\.weight$=q8_0
+^blk\.(59|60)\.attn_q_b\.weight$=iq6_k
+
+# Dense feed-forward
+^blk\.[0-9]+\.ffn_(down|gate|up)\.weight$=q8_0
+
+# Shared experts
+^blk\.([1-9]|[145][0-9]|2[0-4]|3[014-9]|60)\.ffn_(gate|up)_shexp\.weight$=q8_0
+^blk\.(2[5-9]|3[23])\.ffn_(gate|up)_shexp\.weight$=iq6_k
+^blk\.[0-9]+\.ffn_down_shexp\.weight$=q8_0
+
+# Routed experts
+^blk\.1\.ffn_(gate|up)_exps\.weight$=iq3_k
+^blk\.(2[6-9]|[3-5][0-9]|60)\.ffn_(gate|up)_exps\.weight$=iq4_ks
+^blk\.([2-9]|1[0-9]|2[0-5])\.ffn_(gate|up)_exps\.weight$=iq4_kt
+^blk\.(1[4-9]|2[0-4])\.ffn_down_exps\.weight$=iq4_ks
+^blk\.([1-9]|1[0-3])\.ffn_down_exps\.weight$=iq4_kt
+^blk\.(2[5-9]|[3-5][0-9]|60)\.ffn_down_exps\.weight$=iq4_k
+
+# Token embedding and output
+^output\.weight$=q8_0
+^token_embd\.weight$=q8_0
+RULES
+)
+custom=$(grep -v '^#' <<<"$custom" | sed '/^$/d' | paste -sd, -)
+
+# ik_llama.cpp reads the old imatrix format only; a GGUF imatrix is converted first.
+if [[ -n $IMATRIX && $(head -c 4 -- "$IMATRIX") == GGUF ]]; then
+  quantmix imatrix --convert "$IMATRIX" --out "${IMATRIX%.gguf}.dat" || exit
+  IMATRIX="${IMATRIX%.gguf}.dat"
+fi
+
+[[ -n $IMATRIX ]] && options+=(--imatrix "$IMATRIX")
+"$QUANTIZE" "${options[@]}" --custom-q "$custom" \
+  "$SOURCE" "$OUT" IQ4_KS "$THREADS"

@@ -1,0 +1,46 @@
+#!/usr/bin/env bash
+# qwen3-235b-a22b, 121.87 GiB, 4.453 bpw (ik), by quantmix 0.1.0
+# Usage: quantize.sh [--dry-run] SOURCE.gguf OUT.gguf [IMATRIX]     (or SOURCE, OUT, IMATRIX in the
+# environment; QUANTIZE names the program, THREADS the number of threads)
+set -euo pipefail
+
+options=()
+while [[ ${1:-} == --* ]]; do options+=("$1"); shift; done
+SOURCE=${1:-${SOURCE:?the source GGUF (bf16) is the first argument}}
+OUT=${2:-${OUT:?the GGUF to write is the second argument}}
+IMATRIX=${3:-${IMATRIX:-}}
+QUANTIZE=${QUANTIZE:-llama-quantize}
+THREADS=${THREADS:-$(nproc)}
+
+custom=$(cat <<'RULES'
+# Attention
+^blk\.[0-9]+\.attn_(k|v)\.weight$=q8_0
+^blk\.[0-9]+\.attn_output\.weight$=iq6_k
+^blk\.([0-8]|89|9[023])\.attn_q\.weight$=iq5_k
+^blk\.(9|[1-7][0-9]|8[0-8]|91)\.attn_q\.weight$=iq5_ks
+
+# Routed experts
+^blk\.([0-9]|[12][0-9]|3[0-7])\.ffn_(gate|up)_exps\.weight$=iq4_kt
+^blk\.(3[89]|[45][0-9]|6[0-2])\.ffn_(gate|up)_exps\.weight$=iq4_ks
+^blk\.(6[3-9]|7[0-9]|8[0-6])\.ffn_(gate|up)_exps\.weight$=iq4_k
+^blk\.(8[7-9]|9[0-3])\.ffn_(gate|up)_exps\.weight$=iq5_ks
+^blk\.(1|3[89]|[4-6][0-9]|7[0-7])\.ffn_down_exps\.weight$=iq4_k
+^blk\.([02-9]|[12][0-9]|3[0-7])\.ffn_down_exps\.weight$=iq4_ks
+^blk\.(7[89]|8[0-9]|9[0-3])\.ffn_down_exps\.weight$=iq5_ks
+
+# Token embedding and output
+^output\.weight$=q8_0
+^token_embd\.weight$=q8_0
+RULES
+)
+custom=$(grep -v '^#' <<<"$custom" | sed '/^$/d' | paste -sd, -)
+
+# ik_llama.cpp reads the old imatrix format only; a GGUF imatrix is converted first.
+if [[ -n $IMATRIX && $(head -c 4 -- "$IMATRIX") == GGUF ]]; then
+  quantmix imatrix --convert "$IMATRIX" --out "${IMATRIX%.gguf}.dat" || exit
+  IMATRIX="${IMATRIX%.gguf}.dat"
+fi
+
+[[ -n $IMATRIX ]] && options+=(--imatrix "$IMATRIX")
+"$QUANTIZE" "${options[@]}" --custom-q "$custom" \
+  "$SOURCE" "$OUT" IQ4_K "$THREADS"

@@ -1,0 +1,47 @@
+#!/usr/bin/env bash
+# qwen3-235b-a22b, 89.87 GiB, 3.284 bpw (ik), by quantmix 0.1.0
+# Usage: quantize.sh [--dry-run] SOURCE.gguf OUT.gguf [IMATRIX]     (or SOURCE, OUT, IMATRIX in the
+# environment; QUANTIZE names the program, THREADS the number of threads)
+set -euo pipefail
+
+options=()
+while [[ ${1:-} == --* ]]; do options+=("$1"); shift; done
+SOURCE=${1:-${SOURCE:?the source GGUF (bf16) is the first argument}}
+OUT=${2:-${OUT:?the GGUF to write is the second argument}}
+IMATRIX=${3:-${IMATRIX:-}}
+QUANTIZE=${QUANTIZE:-llama-quantize}
+THREADS=${THREADS:-$(nproc)}
+
+custom=$(cat <<'RULES'
+# Attention
+^blk\.[0-9]+\.attn_k\.weight$=iq6_k
+^blk\.[0-9]+\.attn_output\.weight$=iq5_ks
+^blk\.([0-9]|[18][0-9]|[29][0-3]|7[3-9])\.attn_q\.weight$=iq4_ks
+^blk\.(2[4-9]|[3-6][0-9]|7[0-2])\.attn_q\.weight$=iq4_kt
+^blk\.1\.attn_v\.weight$=q8_0
+^blk\.([02-9]|[1-8][0-9]|9[0-3])\.attn_v\.weight$=iq6_k
+
+# Routed experts
+^blk\.([0-9]|[1-7][0-9]|8[0-6])\.ffn_(gate|up)_exps\.weight$=iq3_kt
+^blk\.(8[7-9]|90)\.ffn_(gate|up)_exps\.weight$=iq3_k
+^blk\.9[1-3]\.ffn_(gate|up)_exps\.weight$=iq4_kt
+^blk\.([0-9]|[1-6][0-9]|7[0-4])\.ffn_down_exps\.weight$=iq3_kt
+^blk\.(7[5-9]|8[01])\.ffn_down_exps\.weight$=iq3_k
+^blk\.(8[2-9]|9[0-3])\.ffn_down_exps\.weight$=iq4_kt
+
+# Token embedding and output
+^output\.weight$=iq6_k
+^token_embd\.weight$=q8_0
+RULES
+)
+custom=$(grep -v '^#' <<<"$custom" | sed '/^$/d' | paste -sd, -)
+
+# ik_llama.cpp reads the old imatrix format only; a GGUF imatrix is converted first.
+if [[ -n $IMATRIX && $(head -c 4 -- "$IMATRIX") == GGUF ]]; then
+  quantmix imatrix --convert "$IMATRIX" --out "${IMATRIX%.gguf}.dat" || exit
+  IMATRIX="${IMATRIX%.gguf}.dat"
+fi
+
+[[ -n $IMATRIX ]] && options+=(--imatrix "$IMATRIX")
+"$QUANTIZE" "${options[@]}" --custom-q "$custom" \
+  "$SOURCE" "$OUT" IQ3_KT "$THREADS"
