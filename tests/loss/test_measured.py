@@ -29,8 +29,13 @@ TYPES = ("iq1_s", "iq2_xs", "iq3_xxs", "iq4_xs")
 TOGETHER = {"iq2_xs": 1.7766, "iq3_xxs": 0.6049, "iq4_xs": 0.1355}
 
 
+# Weighted errors of ffn_up of the same model; those of iq1_s and iq2_xs by the type curve.
+ERRORS = {"iq1_s": 0.33, "iq2_xs": 0.083, "iq3_xxs": 0.0277, "iq4_xs": 0.0056}
+
+
 def _probe(scope: str, role: str, layers: tuple[int, ...], qtype: str, kld: float) -> Probe:
-    return Probe(scope, role, layers, qtype, kld, 0.025 * kld, kld, 0.025 * kld, 0.1, 1, 1.0)  # type: ignore[arg-type]
+    err = ERRORS.get(qtype, 0.1)
+    return Probe(scope, role, layers, qtype, kld, 0.025 * kld, kld, 0.025 * kld, err, 1, 1.0)  # type: ignore[arg-type]
 
 
 def _measured(model: Model) -> Measurements:
@@ -63,12 +68,12 @@ def test_roles_together_are_predicted_from_roles_alone(name: str, smol: Model) -
     assert kld == pytest.approx(TOGETHER[name], rel=0.10)
 
 
-def test_a_measured_role_at_a_measured_type_is_what_was_measured(smol: Model) -> None:
-    """Cells of a role sum to its measured KLD minus the noise floor."""
+def test_a_measured_role_at_a_measured_type_is_near_what_was_measured(smol: Model) -> None:
+    """Cells of a role sum to its measured KLD within what the other types say."""
     loss = MeasuredModel.of(smol, _measured(smol))
     cells = loss.damage(smol, [get("iq3_xxs")])[:, 0]
     role = [c for t, c in zip(smol.tensors, cells, strict=True) if t.role == "ffn_down"]
-    assert sum(role) == pytest.approx(0.1394, rel=1e-4)
+    assert sum(role) == pytest.approx(0.1394, rel=0.08)
 
 
 def test_between_measured_types_damage_lies_between(smol: Model) -> None:
