@@ -1,6 +1,6 @@
 """Do designs beat stock files of equal size? (issue 3, criterion 6)
 
-    python tests/bench/bench_quality.py WORKDIR [--quick]
+    python tests/bench/bench_quality.py WORKDIR [--measured FILE]
 
 On the dithered 768-wide SmolLM2: an imatrix from `imatrix.txt`, sensitivities measured on
 `probe.txt`, designs at the file sizes of stock IQ3_XXS, IQ3_M and Q4_K_M (never larger), all files
@@ -8,6 +8,7 @@ really quantized and scored once on `test.txt`, which nothing was chosen by. Eac
 in two kinds: with the same imatrix, and with that imatrix less its head entry, as published files
 are. Ratios of mean KLD are paired per token; their 95% bound comes from a bootstrap over chunks,
 since tokens of a chunk are not independent. Everything is kept in WORKDIR and continued from there.
+`--measured` takes an existing results file instead of measuring.
 """
 
 from __future__ import annotations
@@ -19,23 +20,31 @@ from typing import Any
 
 import numpy as np
 
-from quantmix import measure
+from quantmix import measure, measurements
 from quantmix.budget import Budget
 from quantmix.demo import build
 from quantmix.design import Options, design
 from quantmix.engine import binaries
 from quantmix.engine.imatrix import collect
-from quantmix.engine.perplexity import Evaluation, evaluate
+from quantmix.engine.perplexity import evaluate
 from quantmix.engine.quantize import preflight, quantize
 from quantmix.engine.weights import open_weights
 from quantmix.ggml import imatrix as imatrices
+from quantmix.loss.measured import MeasuredModel
 from quantmix.models.sources import load_model
 from quantmix.texts import text
 
 # Stock preset: bounds of ours/stock, same imatrix and without head entry (issue 3).
 BOUNDS = {"IQ3_XXS": (0.78, 0.72), "IQ3_M": (0.60, 0.56), "Q4_K_M": (0.79, 0.74)}
-ROLE_TYPES = ["iq2_ks", "iq3_ks", "iq4_ks", "iq5_ks", "iq6_k"]
-TENSOR_TYPE = "iq3_ks"
+# Types with coarse and with fine activations, so that both floors are measured.
+ROLE_TYPES = ["iq2_ks", "iq3_ks", "iq4_ks", "iq5_ks", "iq6_k", "q4_K", "q5_K", "q6_K"]
+BAND_TYPE = "iq3_ks"
+BANDS = 6
+# Types of the designs: of the default palette, those that are written in seconds and keep sense.
+PALETTE = (
+    "q4_0 q5_0 q8_0 q3_K q4_K q5_K q6_K q6_0 iq4_nl iq4_xs iq2_k iq3_k iq4_k iq5_k iq6_k iq2_ks "
+    "iq3_ks iq4_ks iq5_ks iq4_kss iq2_kl iq3_xxs iq3_s"
+)
 
 
 def main() -> None:
@@ -44,22 +53,23 @@ def main() -> None:
     parser.add_argument("workdir", type=Path)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--probe-chunks", type=int, default=8)
-    parser.add_argument("--tensor-chunks", type=int, default=3)
+    parser.add_argument("--band-chunks", type=int, default=4)
     parser.add_argument("--test-chunks", type=int, default=80)
-    parser.add_argument("--types", default="", help="palette of the designs")
+    parser.add_argument("--types", default=PALETTE.replace(" ", ","), help="palette of the designs")
+    parser.add_argument("--measured", type=Path, help="results of `quantmix measure`")
     args = parser.parse_args()
     work: Path = args.workdir
     work.mkdir(parents=True, exist_ok=True)
     base = build("dithered").path
     imatrix, headless = _imatrices(base, work, args.threads)
-    measured = _measure(base, imatrix, work, args)
+    measured = args.measured or _measure(base, imatrix, work, args)
     rows = []
     for ftype, bounds in BOUNDS.items():
         stock = _stock(base, imatrix, ftype, work / f"stock-{ftype}.gguf")
         bare = _stock(base, headless, ftype, work / f"bare-{ftype}.gguf")
         ours, predicted = _ours(base, imatrix, measured, stock.stat().st_size, ftype, work, args)
         scored = [_score(p, base, work, args) for p in (ours, stock, bare)]
-        rows.append(_row(ftype, bounds, (ours, stock, bare), scored, predicted))
+        rows.append(_row(ftype, bounds, (ours, stock, bare), scored, predicted, args.test_chunks))
         print(json.dumps(rows[-1], indent=2), flush=True)
     (work / "quality.json").write_text(json.dumps(rows, indent=2))
 
@@ -76,7 +86,7 @@ def _imatrices(base: Path, work: Path, threads: int | None) -> tuple[Path, Path]
 
 
 def _measure(base: Path, imatrix: Path, work: Path, args: Any) -> Path:
-    """Measure roles at five types and single tensors at one; return the results file."""
+    """Measure roles at eight types and depth bands at one; return the results file."""
     weights = open_weights(base)
     groups = measure.groups_of(weights, "role", ROLE_TYPES)
     run = measure.Run(
@@ -84,15 +94,15 @@ def _measure(base: Path, imatrix: Path, work: Path, args: Any) -> Path:
     )
     out = work / "measured.json"
     measure.measure(run, out)
-    if args.tensor_chunks:
-        groups = measure.groups_of(weights, "tensor", [TENSOR_TYPE])
+    if args.band_chunks:
+        groups = measure.groups_of(weights, "band", [BAND_TYPE], bands=BANDS)
         run = measure.Run(
             base,
             text("probe"),
             imatrix,
             groups,
             {},
-            chunks=args.tensor_chunks,
+            chunks=args.band_chunks,
             threads=args.threads,
         )
         measure.measure(run, out)
@@ -115,49 +125,55 @@ def _stock(base: Path, imatrix: Path, ftype: str, out: Path) -> Path:
 def _ours(
     base: Path, imatrix: Path, measured: Path, size: int, ftype: str, work: Path, args: Any
 ) -> tuple[Path, float]:
-    """Design at `size` bytes of file, quantize; return the file and the predicted damage."""
+    """Design at `size` bytes of file, quantize; return the file and the predicted KLD."""
     from quantmix.palette import TypeLimits
 
-    limits = TypeLimits(types=tuple(args.types.split(","))) if args.types else TypeLimits()
+    limits = TypeLimits(types=tuple(args.types.split(",")))
     model = load_model(str(base))
+    loss = MeasuredModel.of(model, measurements.load(measured))
     budget = Budget.from_size(str(size))
     recipe = design(model, budget, options=Options(limits=limits, measurements=measured))
     out = work / f"ours-{ftype}.gguf"
     recipe_path = work / f"ours-{ftype}.json"
     if not out.exists() or recipe_path.read_text() != "\n".join(recipe.rules):
         out.unlink(missing_ok=True)
+        out.with_suffix(".npy").unlink(missing_ok=True)
         quantize(preflight(recipe, base, out, imatrix=imatrix), threads=args.threads)
         recipe_path.write_text("\n".join(recipe.rules))
-    return out, recipe.quality.damage
+    return out, loss.kld(recipe.quality.damage)
 
 
-def _score(path: Path, base: Path, work: Path, args: Any) -> Evaluation:
-    """Score a file on the test text against the base, log-probabilities kept."""
-    return evaluate(
-        path,
-        text("test"),
-        base=base,
-        logits_base=work / "test-base.lp",
-        chunks=args.test_chunks,
-        threads=args.threads,
-    )
+def _score(path: Path, base: Path, work: Path, args: Any) -> np.ndarray:
+    """Return per-token KLD and −ln p of a file on the test text, shape (2, n); kept beside it."""
+    kept = path.with_suffix(".npy")
+    if not kept.exists():
+        found = evaluate(
+            path,
+            text("test"),
+            base=base,
+            logits_base=work / "test-base.lp",
+            chunks=args.test_chunks,
+            threads=args.threads,
+        ).per_token
+        np.save(kept, np.stack([found.kld, found.nll]))
+    return np.asarray(np.load(kept))
 
 
 def _row(
     ftype: str,
     bounds: tuple[float, float],
     files: tuple[Path, ...],
-    scored: list[Evaluation],
+    scored: list[np.ndarray],
     predicted: float,
+    chunks: int,
 ) -> dict[str, Any]:
-    klds = [e.per_token.kld for e in scored]
-    ours, stock, bare = (np.asarray(k).reshape(scored[0].chunks, -1).mean(axis=1) for k in klds)
+    ours, stock, bare = (s[0].reshape(chunks, -1).mean(axis=1) for s in scored)
     return {
         "ftype": ftype,
         "bytes": {"ours": files[0].stat().st_size, "stock": files[1].stat().st_size},
         "kld": {"ours": ours.mean(), "stock": stock.mean(), "bare": bare.mean()},
-        "ppl": [e.perplexity.ppl for e in scored],
-        "tokens": scored[0].perplexity.tokens,
+        "ppl": [float(np.exp(s[1].mean())) for s in scored],
+        "tokens": scored[0].shape[1],
         "ratio": {"stock": _ratio(ours, stock), "bare": _ratio(ours, bare)},
         "bound": {"stock": bounds[0], "bare": bounds[1]},
         "predicted": predicted,
