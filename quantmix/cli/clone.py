@@ -48,7 +48,9 @@ def clone(
 
 
 def import_(
-    file: Annotated[Path, typer.Argument(help="File of regex=type lines; # starts a comment.")],
+    file: Annotated[
+        Path, typer.Argument(help="File of regex=type lines, or a .csv of KLD per tensor.")
+    ],
     model: Annotated[
         str | None, typer.Option(help="Model it is for (default: the one the file names).")
     ] = None,
@@ -66,7 +68,10 @@ def import_(
     as_json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
-    """Resolve the rules of a file."""
+    """Resolve the rules of a file, or turn a table of KLD per tensor into measurements."""
+    if file.suffix == ".csv":
+        _import_table(file, model, out, as_json, quiet)
+        return
     from quantmix import clone as cloning
     from quantmix.cli.common import one_of
     from quantmix.errors import UsageError
@@ -84,6 +89,23 @@ def import_(
         as_json,
         quiet,
     )
+
+
+def _import_table(file: Path, model: str | None, out: Path, as_json: bool, quiet: bool) -> None:
+    """Write the measurements file that `design --measurements` reads."""
+    from quantmix import measurements
+    from quantmix.errors import UsageError
+    from quantmix.models.sources import load_model
+    from quantmix.table_import import import_table
+
+    if model is None:
+        raise UsageError(f"{file} is a table of KLD per tensor: say its model with --model")
+    found = import_table(file, load_model(model))
+    target = out if out.suffix == ".json" else out / f"{found.model_name}.measurements.json"
+    measurements.save(found, target)
+    if as_json:
+        print_json({"measurements": str(target), "probes": len(found.probes)})
+    console(quiet).print(f"{len(found.probes)} probes of {found.model_name} written to {target}")
 
 
 def _finish(recipe: Recipe, out: Path, as_json: bool, quiet: bool) -> None:
