@@ -8,6 +8,7 @@ since a NaN run prints none and still exits 0.
 from __future__ import annotations
 
 import io
+import math
 import re
 import subprocess
 from collections.abc import Callable, Sequence
@@ -24,6 +25,8 @@ from quantmix.ggml.types import Engine
 _NUMBER: Final = r"(-?[0-9]+\.?[0-9]*(?:[eE][+-]?[0-9]+)?|-?nan|-?inf)"
 _FINAL: Final = re.compile(rf"Final estimate: PPL.*= *{_NUMBER} \+/- {_NUMBER}")
 _CHUNK: Final = re.compile(r"\[(\d+)\]([0-9.]+|-?nan),")
+# A row of the table of `--kl-divergence`: chunk, PPL ± error, ...
+_ROW: Final = re.compile(r"(?m)^ *(\d+) +([0-9.]+|-?nan) ± ")
 _CHUNKS: Final = re.compile(r"(?:calculating perplexity|computing) over (\d+) chunks")
 _VERSION: Final = re.compile(r"version: *(\S+) *\((\w+)\)")
 _FLAG: Final = re.compile(r"(?<![\w-])--?[a-zA-Z][\w-]*")
@@ -159,7 +162,7 @@ def perplexity(
     command += list(extra)
 
     def watch(line: str) -> None:
-        for index, value in _CHUNK.findall(line):
+        for index, value in _CHUNK.findall(line) + _ROW.findall(line):
             if on_chunk:
                 on_chunk(int(index), float(value))
 
@@ -178,7 +181,7 @@ def parse_perplexity(text: str, *, kld: bool = False, n_ctx: int = 512) -> Parse
     if "nan," in text or "negative standard deviation" in text:
         raise EngineError("llama-perplexity answers NaN: a broken quantization or a kernel bug")
     found = _CHUNKS.search(text)
-    seen = [int(i) for i, _ in _CHUNK.findall(text)]
+    seen = [int(i) for i, _ in _CHUNK.findall(text) + _ROW.findall(text)]
     chunks = int(found.group(1)) if found else max(seen, default=0)
     tokens = chunks * (n_ctx - 1 - n_ctx // 2)
     if kld:
@@ -191,8 +194,6 @@ def parse_perplexity(text: str, *, kld: bool = False, n_ctx: int = 512) -> Parse
 
 
 def _ppl(value: float, err: float, tokens: int) -> Perplexity:
-    import math
-
     return Perplexity(value, err, math.log(value), tokens)
 
 
@@ -203,10 +204,13 @@ def _parse_kld(text: str, chunks: int, tokens: int) -> ParsedRun:
         match = re.search(rf"{label} *: *{_NUMBER}(?: *± *{_NUMBER})?", text)
         if not match:
             raise EngineError(f"llama-perplexity printed no {label.replace(' +', ' ')}")
-        return float(match.group(1)), float(match.group(2) or 0.0)
+        # A file against itself has rounding noise below zero under the root: its error is nan.
+        error = float(match.group(2) or 0.0)
+        return float(match.group(1)), 0.0 if math.isnan(error) else error
 
     mean, err = value(r"Mean +KLD")
-    chunks = chunks or len(re.findall(r"(?m)^ *\d+ +[0-9.]+ ± ", text))
+    if math.isnan(mean):
+        raise EngineError("llama-perplexity answers NaN: a broken quantization or a kernel bug")
     divergence = Divergence(
         mean=mean,
         err=err,

@@ -37,6 +37,14 @@ Mean    Δp: -0.190 ± 0.030 %
 Same top p: 93.250 ± 0.300 %
 """
 
+# The head of ik's real output (it states no number of chunks), and what a base against itself says.
+TABLE = """kl_divergence: 1.16 seconds per pass - ETA 0.03 minutes
+
+chunk             PPL               ln(PPL(Q)/PPL(base))          KL Divergence              Δp RMS
+   1      24.4402 ±    4.7557      -0.00000 ±       -nan      -0.00000 ±    0.00000     0.001 ±
+   2      32.1595 ±    4.3197      -0.00000 ±       -nan       0.00000 ±    0.00000     0.001 ±
+"""
+
 
 def _program(folder: Path, name: str, body: str) -> Path:
     path = folder / name
@@ -107,6 +115,23 @@ def test_kld_statistics(tmp_path: Path) -> None:
     assert found.log_ratio == binaries.LogRatio(0.012423, 0.0012)
     assert found.perplexity.ppl == 8.1
     assert "--kl-divergence " in (tmp_path / "argv").read_text() + " "
+
+
+def test_chunks_of_the_kld_table_are_counted(tmp_path: Path) -> None:
+    """ik counts chunks only by the rows of its table: progress and tokens come from there."""
+    _perplexity(tmp_path, TABLE + KLD.replace("±   0.001200", "±       -nan"))
+    seen: list[tuple[int, float]] = []
+    found = _run(tmp_path, logits_base="b.kld", on_chunk=lambda i, v: seen.append((i, v)))
+    assert (found.chunks, found.perplexity.tokens) == (2, 510)
+    assert seen == [(1, 24.4402), (2, 32.1595)]
+    assert found.log_ratio == binaries.LogRatio(0.012423, 0.0)
+
+
+def test_a_kld_of_nan_is_a_failure(tmp_path: Path) -> None:
+    """A NaN among the logits makes the mean KLD NaN, with exit 0."""
+    _perplexity(tmp_path, TABLE + KLD.replace("0.021000 ±", "nan ±"))
+    with pytest.raises(EngineError, match="NaN"):
+        _run(tmp_path, logits_base="b.kld")
 
 
 def test_each_engine_gets_its_flags(tmp_path: Path) -> None:
