@@ -156,8 +156,10 @@ def perplexity(
     if logits_base:
         command += ["--kl-divergence-base", str(logits_base)]
         command += [] if make_base else ["--kl-divergence"]
-    # ik reads escapes in texts unless told not to; mainline may move tensors unless told not to.
+    # ik reads escapes in texts and leaves a llama.log in the working folder unless told not to;
+    # mainline may move tensors unless told not to.
     command += ["--no-escape"] if binary.engine == "ik" else []
+    command += [f for f in ("--log-disable",) if binary.engine == "ik" and f in binary.flags]
     command += ["-fit", "off"] if "-fit" in binary.flags else []
     command += list(extra)
 
