@@ -15,7 +15,7 @@ from quantmix.budget import make_settings
 from quantmix.emit.parse_rules import resolve_rules
 from quantmix.errors import BadFile, UsageError
 from quantmix.ggml.header import tensor_bytes
-from quantmix.ggml.types import Engine, GgmlType, get, resolve
+from quantmix.ggml.types import Engine, GgmlType, by_id, get, resolve
 from quantmix.loss.model import LossModel
 from quantmix.models.inspect import stored_type
 from quantmix.models.model import Model, Tensor
@@ -31,7 +31,7 @@ def clone(model: Model, engine: Engine = "ik", name: str = "") -> Recipe:
     Raises:
         UsageError: `engine` cannot write one of its types.
     """
-    types = {t.name: t.source_type for t in model.tensors}
+    types = {t.name: _spelled(t.source_type, engine) for t in model.tensors}
     written = {}
     for t in model.tensors:
         if t.quantizable:
@@ -182,6 +182,12 @@ def _written(t: Tensor, asked: str, engine: Engine) -> GgmlType:
     if not kind.writable:
         raise UsageError(f"{t.name}: {engine} knows {asked} but cannot write it to a file")
     return resolve(asked, t.name, t.shape, engine)
+
+
+def _spelled(stored: str, engine: Engine) -> str:
+    """Return the name that `engine` has for a stored type (41 is q1_0_g128 in ik, q1_0 else)."""
+    same = by_id(engine).get(stored_type(stored).id)
+    return same.name if same else stored
 
 
 def _quantized(kind: GgmlType | None) -> GgmlType | None:

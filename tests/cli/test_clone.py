@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,15 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from quantmix import check
+from quantmix import clone as cloning
 from quantmix import recipe as recipes
 from quantmix.cli import clone, diff
 from quantmix.emit.rules import first_match, split_rule
+from quantmix.engine.mainline_find import Mainline
 from quantmix.errors import UsageError
 from quantmix.ggml.header import read_header
-from quantmix.ggml.types import get
+from quantmix.ggml.types import Engine, get, resolve, table
 from quantmix.models.ghost import write_ghost
 from quantmix.models.model import Tensor
 from quantmix.models.sources import load_model
@@ -65,6 +69,53 @@ def test_cloned_recipe_asks_for_the_types_of_the_file(model_id: str, tmp_path: P
     assert out["size"]["tensor_bytes"] == sum(t.n_bytes for t in header.tensors)
     assert out["quality"]["damage"] > 0
     assert "tensors" not in out
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("engine", ["ik", "mainline"])
+@pytest.mark.parametrize("model_id", ["deepseek-v2-lite", "gpt-oss-20b", "qwen3.5-35b-a3b"])
+def test_cloned_mix_is_what_the_real_quantizer_would_write(
+    model_id: str, engine: Engine, mainline: Mainline, tmp_path: Path
+) -> None:
+    """Any mix of types, cloned: the engine's dry run gives every tensor the type of the file."""
+    model = load_model(model_id)
+    draw = random.Random(model_id)
+    pool = [
+        name
+        for name, kind in table(engine).items()
+        if kind.writable and kind.is_quantized and name != "mxfp4_r8"  # newer than the package
+    ]
+
+    def any_type(t: Tensor) -> str:
+        if not t.quantizable:
+            return t.source_type
+        fits = [q for q in pool if t.ncols % get(q, engine).ncols_multiple == 0]
+        return resolve(draw.choice(fits), t.name, t.shape, engine).name
+
+    path = tmp_path / "m.gguf"
+    write_ghost(path, model, any_type, engine=engine)
+    stored = load_model(str(path))
+    recipe = cloning.clone(stored, engine)
+    header = read_header(path)
+    assert [t.bytes for t in recipe.tensors] == [t.n_bytes for t in header.tensors]
+    ids = {t.name: t.type.id for t in header.tensors}
+    assert {t.name: get(t.type, engine).id for t in recipe.tensors} == ids
+    assert len(set(ids.values())) > 15
+    found = check(recipe, cloning.as_source(stored))
+    assert found.ok
+    assert found.engine, found.note
+    assert found.tensors_compared == len(header.tensors)
+
+
+def test_clone_spells_a_type_as_the_engine_asked_for_does(tmp_path: Path) -> None:
+    """Type 41 has two names: a file with it can be cloned for either engine."""
+    path = tmp_path / "m.gguf"
+    model = load_model("qwen3-0.6b")
+    write_ghost(path, model, lambda t: "q1_0" if t.quantizable else "f32", engine="mainline")
+    stored = load_model(str(path))
+    for engine, name in (("ik", "q1_0_g128"), ("mainline", "q1_0")):
+        recipe = cloning.clone(stored, engine)  # type: ignore[arg-type]
+        assert {t.type for t in recipe.tensors} == {name, "f32"}
 
 
 def test_clone_refuses_what_the_engine_cannot_write(tmp_path: Path) -> None:
