@@ -70,6 +70,35 @@ def test_types_with_big_tables_are_written_as_planned(
 
 
 @pytest.mark.slow
+def test_every_type_on_the_demo_model(demo: Path, tmp_path: Path) -> None:
+    """On the 768-wide SmolLM2 all writable types, one per small tensor: written as planned."""
+    from quantmix.engine.imatrix import collect
+    from quantmix.texts import text
+
+    matrix = tmp_path / "demo.dat"
+    collect(demo, text("imatrix"), matrix, chunks=2)
+    kinds = [
+        t.name
+        for t in types.table("ik").values()
+        if t.is_quantized and t.writable and t.family != "ternary" and t.name not in NEWER
+    ]
+    left = list(kinds)
+    small = ("attn_k", "attn_v", "attn_q")
+    assert 60 < len(left) <= 3 * 30
+
+    def next_type(role: str, layer: int | None) -> str:
+        return left.pop() if role in small and left else "q8_0"
+
+    recipe = recipe_of(demo, mix_of(open_weights(demo), next_type))
+    plan = work.preflight(recipe, demo, tmp_path / "q.gguf", imatrix=matrix)
+    made = work.quantize(plan, threads=1)
+    written = open_weights(made.path).types()
+    assert {t.name: t.type for t in recipe.tensors} == written
+    assert set(kinds) <= set(written.values())
+    assert made.tensor_bytes == sum(t.bytes for t in recipe.tensors)
+
+
+@pytest.mark.slow
 def test_rows_that_do_not_divide_fall_back_as_planned(tmp_path: Path) -> None:
     """On the plain 576-wide SmolLM2 every 256-block type falls back exactly as `resolve` says."""
     from quantmix.demo import build
