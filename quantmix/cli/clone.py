@@ -74,6 +74,7 @@ def import_(
         return
     from quantmix import clone as cloning
     from quantmix.cli.common import one_of
+    from quantmix.emit.parse_rules import taken_by_accident
     from quantmix.errors import UsageError
     from quantmix.ggml.types import ENGINES
     from quantmix.models.sources import load_model
@@ -83,12 +84,10 @@ def import_(
         raise UsageError(f"{file} names no model: say which with --model")
     known = one_of("engine", engine, ENGINES)
     loaded = load_model(spec, layout=layout or cloning.layout_named_in(file))
-    _finish(
-        cloning.import_rules(file, loaded, known, default=default, name=name or ""),
-        out,
-        as_json,
-        quiet,
-    )
+    recipe = cloning.import_rules(file, loaded, known, default=default, name=name or "")
+    for line in taken_by_accident(cloning.read_rules(file).splitlines(), loaded, known):
+        console(quiet).print(f"warning: {line}", markup=False)
+    _finish(recipe, out, as_json, quiet)
 
 
 def _import_table(file: Path, model: str | None, out: Path, as_json: bool, quiet: bool) -> None:

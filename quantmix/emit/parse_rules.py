@@ -58,3 +58,27 @@ def resolve_rules(lines: Iterable[str], model: Model, engine: Engine = "ik") -> 
         if qtype is not None:
             found[tensor.name] = qtype
     return found
+
+
+def taken_by_accident(lines: Iterable[str], model: Model, engine: Engine = "ik") -> list[str]:
+    """Say which rules take tensors, by part of the name, that a later rule names in full.
+
+    Such as `output\\.weight=q8_0` before `blk\\..*\\.attn_output\\.weight=iq4_ks`: the engine's
+    search is un-anchored, so the first takes all `blk.N.attn_output.weight` (docs/recipe-files.md).
+    One line per pair of rules that differ in type.
+    """
+    rules = parse_rules(lines, engine)
+    taken: dict[tuple[int, int], list[str]] = {}
+    for tensor in model.tensors:
+        hits = [i for i, (pattern, _) in enumerate(rules) if pattern.search(tensor.name)]
+        if len(hits) < 2 or rules[hits[0]][0].fullmatch(tensor.name):
+            continue
+        meant = next((i for i in hits[1:] if rules[i][0].fullmatch(tensor.name)), None)
+        if meant is not None and rules[meant][1] != rules[hits[0]][1]:
+            taken.setdefault((hits[0], meant), []).append(tensor.name)
+    return [
+        f"rule {rules[first][0].pattern}={rules[first][1]} takes {len(names)} tensors such as "
+        f"{names[0]}, which the later {rules[later][0].pattern}={rules[later][1]} names in full: "
+        "begin the first with ^ if that is not meant"
+        for (first, later), names in taken.items()
+    ]

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quantmix.emit.parse_rules import parse_rules, resolve_rules
+from quantmix.emit.parse_rules import parse_rules, resolve_rules, taken_by_accident
 from quantmix.errors import UsageError
 from quantmix.models.sources import load_model
 
@@ -42,3 +42,15 @@ def test_any_text_parses_or_is_a_usage_error(lines: list[str]) -> None:
         parse_rules(lines)
     except UsageError:
         return
+
+
+def test_rules_that_take_more_than_they_name_are_told() -> None:
+    """An un-anchored rule that takes tensors a later one names in full is said; anchors mend it."""
+    model = load_model("glm-4.5-air")
+    later = r"blk\.\d+\.attn_output\.weight=iq4_ks"
+    (said,) = taken_by_accident([r"output\.weight=q8_0", later], model)
+    assert said.startswith(r"rule output\.weight=q8_0 takes 47 tensors such as blk.0.attn_output")
+    assert later in said
+    assert taken_by_accident([r"^output\.weight=q8_0", later], model) == []
+    assert taken_by_accident([r"output\.weight=iq4_ks", later], model) == []
+    assert taken_by_accident([r"attn_output=q8_0", r"ffn=q4_K"], model) == []
