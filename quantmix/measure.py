@@ -128,6 +128,8 @@ def measure(
     """
     weights = open_weights(run.source)
     _require_float(weights, run.groups)
+    if run.imatrix:
+        read_imatrix(run.imatrix, weights)
     wanted = {g.key for g in run.groups}
     log = _Log(_open_results(run, weights, out), out)
     while left := [g for g in run.groups if g.key not in log.state.done]:
@@ -247,6 +249,31 @@ def _require_float(weights: WeightsFile, groups: Sequence[Group]) -> None:
                 )
 
 
+def read_imatrix(path: Path, weights: WeightsFile) -> imatrices.Imatrix:
+    """Return the imatrix at `path`, sure to be of the model of `weights`.
+
+    Raises:
+        BadFile: malformed, or of another model: an entry does not fit its tensor, or fewer than
+            half of the matrices have one.
+    """
+    matrix = imatrices.read(path)
+    shapes = {n: i.shape for n, (i, _, _) in weights.tensors.items() if is_quantizable(n, i.shape)}
+    found = {name: imatrices.lookup(matrix, name) for name in shapes}
+    for name, entry in found.items():
+        if entry and imatrices.shaped(entry, shapes[name]) is None:
+            raise BadFile(
+                f"{path} belongs to another model: {name} has {entry.sums.size} values there, its "
+                f"shape in {weights.path.name} is {'x'.join(map(str, shapes[name]))}"
+            )
+    have = sum(entry is not None for entry in found.values())
+    if have * 2 < len(shapes):
+        raise BadFile(
+            f"{path} has entries for {have} of {len(shapes)} matrices of {weights.path.name}: it "
+            "belongs to another model"
+        )
+    return matrix
+
+
 def _request(run: Run, groups: Sequence[Group]) -> dict[str, Any]:
     return {
         "source": str(run.source),
@@ -271,9 +298,12 @@ def tensor_errors(
     """Return the weighted quantization error of every matrix in every type: no model run.
 
     Types that abort without an entry are left out for tensors that have none.
+
+    Raises:
+        BadFile: bad source, or an imatrix of another model.
     """
     weights = open_weights(source)
-    matrix = imatrices.read(imatrix) if imatrix else None
+    matrix = read_imatrix(imatrix, weights) if imatrix else None
     jobs = []
     for name, (info, _, _) in weights.tensors.items():
         if not is_quantizable(name, info.shape):

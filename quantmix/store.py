@@ -93,10 +93,17 @@ class Store:
         self.path = Path(path) if path else default_path()
         with self._errors():
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            is_new = not self.path.exists()
             self._db = sqlite3.connect(self.path, timeout=_BUSY_SECONDS, isolation_level=None)
-            self._db.execute("PRAGMA journal_mode = WAL")
-            self._db.execute("PRAGMA synchronous = FULL")
-            self._create()
+            try:
+                self._db.execute("PRAGMA journal_mode = WAL")
+                self._db.execute("PRAGMA synchronous = FULL")
+                self._create()
+            except (sqlite3.Error, BadFile):
+                self._db.close()
+                for suffix in ("", "-wal", "-shm") if is_new else ():
+                    Path(f"{self.path}{suffix}").unlink(missing_ok=True)
+                raise
 
     def __enter__(self) -> Store:
         return self

@@ -119,6 +119,34 @@ def test_a_type_that_would_abort_is_a_failed_probe(
     assert "imatrix" in failed.why
 
 
+def test_an_imatrix_of_another_model_is_refused(model: Path, words: Path, tmp_path: Path) -> None:
+    """Entries of another width, or of other tensors, are named before anything runs."""
+    from dataclasses import replace
+
+    import numpy as np
+
+    from quantmix.ggml.imatrix import Entry, Imatrix, write
+
+    out = tmp_path / "m.json"
+    for name, n, why in (("blk.0.attn_q", 512, "512 values"), ("blk.9.attn_q", 256, "0 of 15")):
+        matrix = tmp_path / "i.dat"
+        entry = Entry(np.ones((1, n), np.float32), np.ones(1))
+        write(Imatrix({f"{name}.weight": entry}, "x", 1), matrix)
+        run = replace(_run(model, words), imatrix=matrix)
+        with pytest.raises(BadFile, match=f"{why}.*another model|another model.*{why}"):
+            measure.measure(run, out)
+    assert not out.exists()
+
+
+def test_a_type_newer_than_the_engine_is_a_failed_probe(
+    model: Path, words: Path, tmp_path: Path
+) -> None:
+    """The packaged library has no mxfp4_r8: said as such, no native crash."""
+    run = _run(model, words, kinds=("mxfp4_r8",), roles=("attn_v",))
+    (failed,) = measure.measure(run, tmp_path / "m.json").failed
+    assert "does not know mxfp4_r8" in failed.why
+
+
 def test_a_native_crash_costs_one_probe(
     model: Path, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -111,3 +111,21 @@ def test_unknown_columns_are_a_bug(tmp_path: Path) -> None:
     """Conditions are column names; anything else raises."""
     with Store(tmp_path / "s.db") as store, pytest.raises(TypeError, match="no such column"):
         store.find(colour="red")
+
+
+def test_a_store_that_cannot_be_made_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When the table cannot be written (disk full), the new files go; an old store stays."""
+    full = sqlite3.OperationalError("database or disk is full")
+
+    def fail(store: Store) -> None:
+        raise full
+
+    old = tmp_path / "old.db"
+    Store(old).close()
+    monkeypatch.setattr(Store, "_create", fail)
+    for path in (tmp_path / "new.db", old):
+        with pytest.raises(BadFile, match="disk is full"):
+            Store(path)
+    assert [p.name for p in tmp_path.iterdir()] == ["old.db"]

@@ -11,6 +11,7 @@ import ctypes
 import importlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -25,6 +26,7 @@ Emit = Callable[[dict[str, Any]], None]
 Task = Callable[[dict[str, Any], Emit], dict[str, Any]]
 
 _LOG_LINES: Final = 6
+_COMPLAINT: Final = re.compile(r"assert|error|fail|abort|missing|cannot|invalid", re.IGNORECASE)
 _PR_SET_PDEATHSIG: Final = 1
 
 
@@ -77,8 +79,13 @@ def _converse(
             on_event(message)
     code = child.wait()
     how = f"died of {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
-    lines = " | ".join(_tail(log)) or "it printed nothing"
-    raise EngineError(f"the native engine {how}; its last lines: {lines}")
+    raise EngineError(f"the native engine {how}{_reason(_tail(log))}")
+
+
+def _reason(log: list[str]) -> str:
+    """Return what the last lines say of a death: those that complain, else the very last."""
+    lines = [line for line in log if _COMPLAINT.search(line)] or log[-1:]
+    return f": {' | '.join(lines)}" if lines else ", it printed nothing"
 
 
 def _rebuilt(error: dict[str, str], log: list[str]) -> QuantmixError:

@@ -73,10 +73,13 @@ class Quantizer:
         """Return tensor `name` as the engine would write it when asked for `asked`.
 
         Raises:
-            UsageError: the type needs an imatrix entry that is not there, or does not fit.
+            UsageError: the type needs an imatrix entry that is not there, or does not fit; or the
+                packaged engine does not know the type.
         """
         info = self._weights.tensors[name][0]
         kind = types.resolve(asked, name, info.shape)
+        if (self._lib.ggml_type_name(kind.id) or b"").decode() != kind.name:
+            raise UsageError(f"{native.engine_id().build} does not know {kind.name}: leave it out")
         key = (name, kind.name)
         if key in self._cache:
             self._cache.move_to_end(key)
