@@ -58,6 +58,12 @@ def print_summary(console: Console, answer: Answer) -> None:
             f"[bold]Speed[/bold]  {s.tg_tps:.1f} t/s generating [{s.tg_low:.1f}, {s.tg_high:.1f}]",
             markup=True,
         )
+    elif recipe.devices and not recipe.budget.get("ideal"):
+        ram = any(d.kind == "host" and d.capacity_bytes for d in recipe.devices)
+        console.print(
+            f"[bold]Speed[/bold]  unknown: name the cards{' and the CPU (--cpu)' if ram else ''} "
+            "as `quantmix rigs` lists them for tokens per second"
+        )
     _print_proof(console, answer)
     _print_real_cards(console, answer)
     for note in (*answer.notes, *recipe.offload.get("notes", [])):
