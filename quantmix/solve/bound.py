@@ -2,7 +2,7 @@
 
 For any prices λ ≥ 0,  L(λ) = Σ_g min_j (cost[g,j] + Σ_p λ_p use[p,g,j]) - Σ_p λ_p capacity_p
 is a lower bound on every feasible choice (Everett 1963); its maximum over λ equals the LP
-relaxation. With one pool the maximum is found by bisection on the price, with several by the LP
+relaxation. With one pool the maximum is found by steps on the price, with several by the LP
 (HiGHS); either way the bound that is reported is L(λ) itself, so it holds whatever the search did.
 """
 
@@ -12,7 +12,8 @@ import numpy as np
 
 from quantmix.solve.problem import FloatArray, IntArray
 
-_BISECTIONS = 200
+_STEPS = 300
+_ROUNDING = 1e-12
 
 
 def priced_cost(cost: FloatArray, use: FloatArray, prices: FloatArray) -> FloatArray:
@@ -57,23 +58,51 @@ def total(cost: FloatArray, choice: IntArray) -> float:
 def prices_one_pool(cost: FloatArray, use: FloatArray, capacity: float) -> tuple[float, IntArray]:
     """Return the price that maximises the bound for one pool, and a choice that fits at it.
 
-    Bisection: usage at the cheapest options falls as the price rises. The caller has made sure that
-    the least use fits.
+    The bound is concave in the price and usage at the cheapest options falls as the price rises:
+    next is where the lines of the choices on both sides of the capacity meet (halving every third
+    time, against slow progress), and when no choice is below their meeting point that is the
+    maximum. The caller has made sure that the least use fits.
     """
     free = cheapest(cost, use, np.zeros(1))
     if usage(use, free)[0] <= capacity:
         return 0.0, free
-    low, high = 0.0, _top_price(cost, use[0])
-    fitting = np.where(np.isfinite(cost), use[0], np.inf).argmin(axis=1).astype(np.int64)
-    for _ in range(_BISECTIONS):
-        middle = 0.5 * (low + high)
-        if middle in (low, high):
-            break
+    low, high, over = 0.0, _top_price(cost, use[0]), free
+    fitting = cheapest(cost, use, np.array([high]))
+    if usage(use, fitting)[0] > capacity:
+        fitting = np.where(np.isfinite(cost), use[0], np.inf).argmin(axis=1).astype(np.int64)
+    for step in range(_STEPS):
+        used, spared = usage(use, over)[0], usage(use, fitting)[0]
+        meet = (total(cost, fitting) - total(cost, over)) / (used - spared)
+        price = 0.5 * (low + high) if step % 3 == 2 else meet
+        choice = cheapest(cost, use, np.array([price]))
+        now = usage(use, choice)[0]
+        line = total(cost, fitting) + meet * spared
+        if price == meet and total(cost, choice) + meet * now >= line - _ROUNDING * abs(line):
+            return _least_price(cost, use, capacity, price, (high, fitting))
+        if now <= capacity:
+            high, fitting = price, choice
+        else:
+            low, over = price, choice
+    return high, fitting
+
+
+def _least_price(
+    cost: FloatArray,
+    use: FloatArray,
+    capacity: float,
+    price: float,
+    above: tuple[float, IntArray],
+) -> tuple[float, IntArray]:
+    """Return the least price near `price` whose choice fits, to the last bit, and that choice."""
+    low, (high, fitting) = price * (1 - 4 * _ROUNDING), above
+    middle = price * (1 + 4 * _ROUNDING)
+    while low < middle < high:
         choice = cheapest(cost, use, np.array([middle]))
         if usage(use, choice)[0] <= capacity:
             high, fitting = middle, choice
         else:
             low = middle
+        middle = 0.5 * (low + high)
     return high, fitting
 
 

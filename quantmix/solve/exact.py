@@ -19,11 +19,15 @@ _CORE_LIMIT = 6000
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """When to stop: relative gap, nodes and seconds of the exact step (0 seconds: skip it)."""
+    """When to stop: relative gap, nodes and seconds of the exact step (0 seconds: skip it).
+
+    `absolute` is a gap that is small enough whatever the objective is: of a part of a problem.
+    """
 
     gap: float = 8e-5
     nodes: int = 150
     seconds: float = 20.0
+    absolute: float = 0.0
 
 
 def solve_core(
@@ -71,7 +75,7 @@ def solve_core(
     if len(bounded):
         constraints.append(LinearConstraint(pool_rows, -np.inf, left[bounded] / scale))
     fixed_cost = float(cost[fixed, choice[fixed]].sum())
-    absolute = limits.gap * max(bound, 0.0) / 2
+    absolute = max(limits.gap * max(bound, 0.0), limits.absolute) / 2
     with quiet_stdout():
         result = milp(
             c / scale_c,

@@ -1,0 +1,112 @@
+"""The search with RAM: both stages keep their promises, and quickly."""
+
+from __future__ import annotations
+
+import time
+from functools import cache
+
+import numpy as np
+import pytest
+
+import quantmix as qm
+from quantmix import timing
+from quantmix.budget import Budget
+from quantmix.loss import load as load_loss
+from quantmix.palette import TypeLimits, build
+from quantmix.planner import Goals, Plan, plan_on_rig
+from quantmix.speed.model import plan_seconds
+
+MIXED = "2x32G,2x24G,2x24G,1x48G"
+
+
+@cache
+def made(
+    gpus: str, ram: str, engine: str, slack: float | None = None, name: str = "deepseek-r1"
+) -> tuple[Plan, float, float, float]:
+    """Return a plan with its damage, its seconds per token, and the seconds it took."""
+    model = qm.load_model(name)
+    budget = Budget.from_gpus(gpus, ram=ram, engine=engine)
+    assert budget.rig is not None
+    palette = build(
+        model, load_loss(model, engine=budget.settings.engine), budget.settings.engine, TypeLimits()
+    )
+    times = timing.of(model, palette, budget.rig, budget.settings)
+    started = time.process_time()
+    plan = plan_on_rig(
+        model, palette, budget.rig, budget.settings, times, Goals(quality_slack=slack)
+    )
+    took = time.process_time() - started
+    assert isinstance(plan, Plan)
+    rows = np.arange(len(plan.columns))
+    each = palette.damage[rows, np.maximum(plan.columns, 0)]
+    damage = float(np.where(plan.columns < 0, 0.0, each).sum())
+    mix = [None if c < 0 else palette.types[c] for c in plan.columns]
+    seconds = plan_seconds(model, budget.settings, budget.rig, plan.placement, mix)
+    return plan, damage, seconds, took
+
+
+@pytest.mark.parametrize(
+    ("gpus", "ram"), [(MIXED, "192G"), ("16x24G", "256G"), ("2x32G,2x24G", "512G")]
+)
+@pytest.mark.parametrize("engine", ["ik", "mainline"])
+def test_speed_costs_no_more_damage_than_the_slack(gpus: str, ram: str, engine: str) -> None:
+    """Against the least damage of the rig, the default loses at most max(0.003 nats, 2 %)."""
+    _, least, slow, _ = made(gpus, ram, engine, 0.0)
+    _, damage, fast, _ = made(gpus, ram, engine)
+    assert damage <= least + max(0.003, 0.02 * least) + 1e-9
+    assert fast <= slow * (1 + 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "ram", "engine"),
+    [
+        ("1x96G", "384G", "ik"),
+        ("2x24G", "256G", "ik"),
+        ("1x16G", "768G", "mainline"),
+        (MIXED, "192G", "ik"),
+    ],
+)
+def test_the_slack_buys_speed(gpus: str, ram: str, engine: str) -> None:
+    """Nearly all of the slack is spent, on a plan that is clearly faster than stage 1's."""
+    plan, damage, seconds, _ = made(gpus, ram, engine)
+    _, least, slow, _ = made(gpus, ram, engine, 0.0)
+    assert damage >= plan.stage1.objective + 1e-4
+    assert damage >= least + 0.8 * max(0.003, 0.02 * least)
+    assert seconds < 0.98 * slow
+
+
+def test_the_relaxed_optimum_is_near() -> None:
+    """Whole layers and single types stay within 6 % of seconds per token of the relaxed answer."""
+    from quantmix.choices import to_problem
+    from quantmix.hybrid import HybridSearch
+    from quantmix.solve.solver import relax
+
+    model = qm.load_model("deepseek-r1")
+    budget = Budget.from_gpus(MIXED, ram="192G")
+    rig, settings = budget.rig, budget.settings
+    assert rig is not None
+    palette = build(model, load_loss(model, engine="ik"), "ik", TypeLimits())
+    times = timing.of(model, palette, rig, settings)
+    search = HybridSearch(model, palette, rig, settings, times, Goals())
+    plan, damage, _, _ = made(MIXED, "192G", "ik")
+    from dataclasses import replace
+
+    placement = search._placement(search._even_weights(), 0)
+    movable = replace(placement, cpu_experts=search._movable(placement.layer_device))
+    memory = search._memory(movable)
+    choices = search._choices(movable, memory, movable=True)
+    capacities, levels = search._capacities(memory, choices)
+    relaxed = relax(
+        to_problem(choices, capacities[-1:], levels[-1:], (), objective="seconds", budget=damage)
+    )
+    assert relaxed is not None
+    rows = np.nonzero(plan.columns >= 0)[0]
+    ours = times.cells[plan.homes[rows], rows, plan.columns[rows]].sum()
+    assert relaxed.objective * (1 - 1e-6) <= ours <= relaxed.objective * 1.06
+
+
+@pytest.mark.parametrize("engine", ["ik", "mainline"])
+@pytest.mark.parametrize(("gpus", "ram"), [(MIXED, "192G"), ("16x24G", "256G")])
+def test_many_cards_with_ram_are_searched_quickly(gpus: str, ram: str, engine: str) -> None:
+    """Seven and sixteen cards take seconds of CPU, also on a busy machine."""
+    assert made(gpus, ram, engine)[3] < 8.0
