@@ -105,6 +105,7 @@ def _print_quality(doc: dict[str, Any], out: Any) -> None:
         "control: bits per weight only": doc["controls"]["bpw_only"]["bands"],
         "control: type curve x parameter counts": doc["controls"]["by_size"]["bands"],
         "whole models left out": doc["leave_model_out"]["bands"],
+        "recipes of a tool, from other mixes": doc["leave_tool_out"]["bands"],
         f"shown apart: {', '.join(doc['shown_apart']['models'])}": doc["shown_apart"]["bands"],
     }
     for title, bands in parts.items():

@@ -1,14 +1,16 @@
 """How good the predictions are, on everything that was measured and is known mix by mix.
 
-Two questions. Leave-one-out: a mix of a model, from the model's other mixes (a mix measured twice
-counts as one). Leave-model-out: every mix of a model, from the prior and its base PPL alone, with
-hyper-parameters fitted without that model. Each next to two controls on the same rows.
+Three questions. Leave-one-out: a mix of a model, from the model's other mixes (a mix measured
+twice counts as one). Leave-model-out: every mix of a model, from the prior and its base PPL alone,
+with hyper-parameters fitted without that model. Leave-tool-out: recipes that a tool solved tensor
+by tensor, from the mixes that people made class by class. The first two next to controls.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +27,8 @@ ENOUGH: Final = 4
 _SAME_BPW: Final = 0.03
 _TELLING_LN: Final = 0.005
 _MAX_PAIRS: Final = 60
+# Rows of a tool that assigns types tensor by tensor: a recipe file, or a published recipe.
+_SOLVED: Final = re.compile(r"^recipe |\.recipe")
 
 
 def run(measurements: Path | None = None, recipes: Path | None = None) -> dict[str, Any]:
@@ -53,6 +57,7 @@ def run(measurements: Path | None = None, recipes: Path | None = None) -> dict[s
         elif case.exact:
             why = "leave-model-out needs the base perplexity, which nobody published"
             skipped.append((f"{case.model.id}: {len(case.exact)} mixes", why))
+    tool = [o for c in found if c.model.id not in apart for o in leave_tool_out(c)]
     fair = [o for o in single if o.model not in apart and o.n_known >= ENOUGH]
     few = [o for o in single if o.model not in apart and o.n_known < ENOUGH]
     blind = [o for o in whole if o.model not in apart]
@@ -75,6 +80,10 @@ def run(measurements: Path | None = None, recipes: Path | None = None) -> dict[s
             "bands": scores.bands(blind),
             "by_size": scores.bands(blind, lambda o: o.by_size),
             "rows": [_row(o, apart) for o in whole],
+        },
+        "leave_tool_out": {
+            "bands": scores.bands(tool),
+            "rows": [_row(o, apart) for o in tool],
         },
         "rows": [_row(o, apart) for o in single],
         "skipped": [{"id": name, "why": why} for name, why in skipped],
@@ -184,6 +193,26 @@ def leave_model_out(case: cases.Cases, h: Hyper) -> list[Outcome]:
         outcome = _outcome(case, i, _predict(case, case.bench.rows, [], i, h), h.quantiles_prior)
         by_size = _predict(case, case.by_size, [], i, h).ln_ppl
         out.append(replace(outcome, by_size=by_size))
+    return out
+
+
+def leave_tool_out(case: cases.Cases) -> list[Outcome]:
+    """Predict the recipes that a tool solved by tensor from the mixes made by class.
+
+    No outcome for a model without either kind.
+    """
+    rows = case.bench.rows
+    solved = {i for i in case.exact if _SOLVED.search(rows[i].id)}
+    made = [j for j in range(len(rows)) if j not in solved]
+    if not made:
+        return []
+    h = without(case.model.id)
+    out = []
+    for i in sorted(solved):
+        keep = [j for j in others(case, i) if j in made]
+        p = _predict(case, rows, keep, i, h)
+        n_known = sum(rows[j].exact for j in keep)
+        out.append(replace(_outcome(case, i, p, h.quantiles), n_known=n_known))
     return out
 
 

@@ -216,7 +216,10 @@ def bench(
     known = base_ppl(model) or (bases[0] if bases else None)
     if known is not None:
         return Bench(model.id, float(np.log(known)), _BASE_SD, True, tuple(rows), tuple(skipped))
-    best = min((r.ln_ppl for r in rows), default=0.0)
+    if not rows:
+        # Nothing is measured against it: only the ratio is predicted, and a base cancels there.
+        return Bench(model.id, 0.0, _BASE_SD, False, (), tuple(skipped))
+    best = min(r.ln_ppl for r in rows)
     return Bench(
         model.id, best - UNKNOWN_BASE_GAP, UNKNOWN_BASE_SD, False, tuple(rows), tuple(skipped)
     )

@@ -4,7 +4,7 @@
 
 for tensors of blocks, S[family, role] outside them, scaled to sum to one over the tensors that
 can be quantized. A role found in a quarter of the layers so weighs a quarter. `sensitivity.csv`
-holds S and the shapes, fitted by `python -m quantmix.loss.fit` from per-tensor KLD tables.
+holds S and the shapes, fitted by `python -m quantmix.loss.fit` from per-tensor perplexities.
 """
 
 from __future__ import annotations

@@ -14,55 +14,49 @@ THREADS=${THREADS:-$(nproc)}
 
 custom=$(cat <<'RULES'
 # Attention
-^blk\.([0-7]|3[89]|4[0-9])\.attn_k_b\.weight$=q5_0
-^blk\.(5[0-9]|60)\.attn_k_b\.weight$=iq4_nl
-^blk\.([89]|[12][0-9]|3[0-7])\.attn_k_b\.weight$=q6_0
-^blk\.(0|4[6-9]|5[0-2])\.attn_kv_a_mqa\.weight$=iq5_k
-^blk\.([1-9]|[1-3][0-9]|4[0-3])\.attn_kv_a_mqa\.weight$=iq6_k
-^blk\.4[45]\.attn_kv_a_mqa\.weight$=q6_K
-^blk\.(5[3-9]|60)\.attn_kv_a_mqa\.weight$=iq5_ks
-^blk\.(0|4[6-9])\.attn_output\.weight$=iq3_k
-^blk\.(1[5-9]|2[0-9]|3[01])\.attn_output\.weight$=iq4_ks
-^blk\.([1-9]|1[0-4]|3[2-9]|4[0-5])\.attn_output\.weight$=iq4_kt
-^blk\.(5[0-9]|60)\.attn_output\.weight$=iq3_kt
-^blk\.([0-8]|3[89]|4[0-9]|50)\.attn_q_a\.weight$=iq5_ks
-^blk\.5[1-5]\.attn_q_a\.weight$=iq4_k
-^blk\.5[6-8]\.attn_q_a\.weight$=iq4_ks
-^blk\.(9|[12][0-9]|3[0-7])\.attn_q_a\.weight$=iq5_k
-^blk\.(59|60)\.attn_q_a\.weight$=iq4_kt
-^blk\.([0-2]|4[3-7])\.attn_q_b\.weight$=iq4_ks
-^blk\.(1[5-9]|2[0-9]|30)\.attn_q_b\.weight$=iq5_ks
-^blk\.([3-9]|1[0-4]|3[1-9]|4[0-2])\.attn_q_b\.weight$=iq4_k
-^blk\.(4[89]|5[0-5])\.attn_q_b\.weight$=iq4_kt
-^blk\.5[6-8]\.attn_q_b\.weight$=iq3_k
-^blk\.(59|60)\.attn_q_b\.weight$=iq3_kt
-^blk\.([0-9]|1[0-5]|3[1-9]|4[0-6])\.attn_v_b\.weight$=iq5_k
-^blk\.(1[6-9]|2[0-9]|30)\.attn_v_b\.weight$=q6_K
-^blk\.(4[7-9]|5[0-3])\.attn_v_b\.weight$=iq5_ks
-^blk\.(5[4-9]|60)\.attn_v_b\.weight$=iq4_k
+^blk\.[0-3]\.attn_k_b\.weight$=iq4_nl
+^blk\.(1[89]|[23][0-9]|4[0-8])\.attn_k_b\.weight$=q6_0
+^blk\.([4-9]|1[0-7]|49|5[0-9]|60)\.attn_k_b\.weight$=q5_0
+^blk\.[0-3]\.attn_kv_a_mqa\.weight$=iq5_ks
+^blk\.(1[4-9]|[2-4][0-9]|5[0-2])\.attn_kv_a_mqa\.weight$=iq6_k
+^blk\.([4-9]|1[0-2]|5[4-9]|60)\.attn_kv_a_mqa\.weight$=iq5_k
+^blk\.[15]3\.attn_kv_a_mqa\.weight$=q6_K
+^blk\.([0-8]|59|60)\.attn_output\.weight$=iq3_kt
+^blk\.(1[1-9]|[24][0-9]|3[7-9]|5[0-6])\.attn_output\.weight$=iq4_kt
+^blk\.3[0-6]\.attn_output\.weight$=iq4_ks
+^blk\.(9|10|5[78])\.attn_output\.weight$=iq3_k
+^blk\.[0-3]\.attn_q_a\.weight$=iq4_ks
+^blk\.([4-7]|59|60)\.attn_q_a\.weight$=iq4_k
+^blk\.([89]|[1-4][0-9]|5[0-8])\.attn_q_a\.weight$=iq5_ks
+^blk\.0\.attn_q_b\.weight$=iq3_kt
+^blk\.[1-3]\.attn_q_b\.weight$=iq3_k
+^blk\.(1[3-9]|2[01]|4[5-9]|5[0-3])\.attn_q_b\.weight$=iq4_ks
+^blk\.(2[2-9]|3[0-9]|4[0-4])\.attn_q_b\.weight$=iq4_k
+^blk\.([4-9]|1[0-2]|5[4-9]|60)\.attn_q_b\.weight$=iq4_kt
+^blk\.[0-3]\.attn_v_b\.weight$=iq4_k
+^blk\.(1[4-9]|[2-4][0-9]|5[0-2])\.attn_v_b\.weight$=iq5_k
+^blk\.([4-9]|1[0-3]|5[3-9]|60)\.attn_v_b\.weight$=iq5_ks
 
 # Dense feed-forward
-^blk\.0\.ffn_(gate|up)\.weight$=iq4_ks
-^blk\.[12]\.ffn_(gate|up)\.weight$=iq4_kt
-^blk\.[0-9]+\.ffn_down\.weight$=iq4_k
+^blk\.[0-9]+\.ffn_(down|gate|up)\.weight$=iq3_kt
 
 # Shared experts
-^blk\.([3-7]|5[1-9])\.ffn_(down|gate|up)_shexp\.weight$=iq5_ks
 ^blk\.60\.ffn_(down|gate|up)_shexp\.weight$=q8_0
-^blk\.(1[4-9]|2[0-689]|3[013-9]|4[0-4])\.ffn_(gate|up)_shexp\.weight$=iq4_ks
-^blk\.(27|32)\.ffn_(gate|up)_shexp\.weight$=iq4_kt
-^blk\.([89]|1[0-3]|4[5-9]|50)\.ffn_(gate|up)_shexp\.weight$=iq4_k
-^blk\.(1[6-9]|[23][0-9]|4[0-2])\.ffn_down_shexp\.weight$=iq4_ks
-^blk\.([89]|1[0-5]|4[3-9]|50)\.ffn_down_shexp\.weight$=iq4_k
+^blk\.3\.ffn_(gate|up)_shexp\.weight$=iq4_k
+^blk\.([4-9]|[1-5][0-9])\.ffn_(gate|up)_shexp\.weight$=iq5_ks
+^blk\.([3-9]|[1-4][0-9]|5[1-9])\.ffn_down_shexp\.weight$=iq5_ks
+^blk\.50\.ffn_down_shexp\.weight$=iq5_k
 
 # Routed experts
-^blk\.([3-9]|[1-3][0-9]|40)\.ffn_(gate|up)_exps\.weight$=iq1_kt
-^blk\.(4[1-9]|5[0-9]|60)\.ffn_(gate|up)_exps\.weight$=iq2_kt
-^blk\.(2[2-9]|[3-5][0-9]|60)\.ffn_down_exps\.weight$=iq2_kt
-^blk\.([3-9]|1[0-9]|2[01])\.ffn_down_exps\.weight$=iq1_kt
+^blk\.[3-9]\.ffn_(gate|up)_exps\.weight$=iq1_s_r4
+^blk\.(3[2-9]|[45][0-9]|60)\.ffn_(gate|up)_exps\.weight$=iq2_kt
+^blk\.([12][0-9]|3[01])\.ffn_(gate|up)_exps\.weight$=iq1_kt
+^blk\.(2[6-9]|[3-5][0-9]|60)\.ffn_down_exps\.weight$=iq2_kt
+^blk\.[3-7]\.ffn_down_exps\.weight$=iq1_s_r4
+^blk\.([89]|1[0-9]|2[0-5])\.ffn_down_exps\.weight$=iq1_kt
 
 # Token embedding and output
-^output\.weight$=iq6_k
+^output\.weight$=iq5_k
 ^token_embd\.weight$=q8_0
 RULES
 )

@@ -14,54 +14,44 @@ THREADS=${THREADS:-$(nproc)}
 
 custom=$(cat <<'RULES'
 # Attention
-^blk\.([0-9]|[1-3][0-9]|4[0-8])\.attn_k_b\.weight$=q6_0
-^blk\.(5[89]|60)\.attn_k_b\.weight$=iq4_nl
-^blk\.(49|5[0-7])\.attn_k_b\.weight$=q5_0
-^blk\.([0-9]|[15][0-3]|3[3-9]|4[0-9])\.attn_kv_a_mqa\.weight$=iq6_k
-^blk\.(1[4-9]|2[0-9]|3[0-2])\.attn_kv_a_mqa\.weight$=q8_0
-^blk\.(5[5-9]|60)\.attn_kv_a_mqa\.weight$=iq5_k
-^blk\.54\.attn_kv_a_mqa\.weight$=q6_K
-^blk\.([0-6]|4[0-6])\.attn_output\.weight$=iq4_ks
-^blk\.2[23]\.attn_output\.weight$=iq5_ks
-^blk\.(4[7-9]|5[0-3])\.attn_output\.weight$=iq4_kt
-^blk\.5[4-7]\.attn_output\.weight$=iq3_k
-^blk\.(5[89]|60)\.attn_output\.weight$=iq3_kt
-^blk\.([7-9]|[13][0-9]|2[014-9])\.attn_output\.weight$=iq4_k
-^blk\.([0-5]|4[1-9])\.attn_q_a\.weight$=iq5_k
-^blk\.5[0-8]\.attn_q_a\.weight$=iq5_ks
-^blk\.(59|60)\.attn_q_a\.weight$=iq4_k
-^blk\.([67]|39|40)\.attn_q_a\.weight$=q6_K
-^blk\.([89]|[12][0-9]|3[0-8])\.attn_q_a\.weight$=iq6_k
-^blk\.(0|4[6-9]|5[0-2])\.attn_q_b\.weight$=iq4_k
-^blk\.([1-9]|1[0-8]|2[89]|3[0-9]|4[0-5])\.attn_q_b\.weight$=iq5_ks
-^blk\.5[3-5]\.attn_q_b\.weight$=iq4_ks
-^blk\.(5[6-9]|60)\.attn_q_b\.weight$=iq4_kt
-^blk\.(19|2[0-7])\.attn_q_b\.weight$=iq5_k
-^blk\.(0|4[6-9]|5[0-5])\.attn_v_b\.weight$=iq5_k
-^blk\.(1|45)\.attn_v_b\.weight$=q6_K
-^blk\.([2-9]|[1-3][0-9]|4[0-4])\.attn_v_b\.weight$=iq6_k
-^blk\.(5[6-9]|60)\.attn_v_b\.weight$=iq5_ks
+^blk\.[0-6]\.attn_k_b\.weight$=q5_0
+^blk\.([7-9]|[1-5][0-9]|60)\.attn_k_b\.weight$=q6_0
+^blk\.[01]\.attn_kv_a_mqa\.weight$=iq5_k
+^blk\.([2-9]|[145][0-9]|2[0-2]|3[3-9]|60)\.attn_kv_a_mqa\.weight$=iq6_k
+^blk\.(2[3-9]|3[0-2])\.attn_kv_a_mqa\.weight$=q8_0
+^blk\.[01]\.attn_output\.weight$=iq3_k
+^blk\.(1[2-9]|20|4[6-9]|5[0-5])\.attn_output\.weight$=iq4_ks
+^blk\.(2[1-9]|3[0-9]|4[0-5])\.attn_output\.weight$=iq4_k
+^blk\.([2-9]|1[01]|5[6-9]|60)\.attn_output\.weight$=iq4_kt
+^blk\.([0-9]|1[0-2]|5[5-9]|60)\.attn_q_a\.weight$=iq5_ks
+^blk\.(1[3-9]|[2-4][0-9]|5[0-4])\.attn_q_a\.weight$=iq5_k
+^blk\.[0-3]\.attn_q_b\.weight$=iq4_kt
+^blk\.(1[89]|[23][0-9]|4[0-8])\.attn_q_b\.weight$=iq5_ks
+^blk\.([4-8]|5[89]|60)\.attn_q_b\.weight$=iq4_ks
+^blk\.(9|[15][0-7]|49)\.attn_q_b\.weight$=iq4_k
+^blk\.[0-3]\.attn_v_b\.weight$=iq5_ks
+^blk\.(1[89]|[2-4][0-9])\.attn_v_b\.weight$=iq6_k
+^blk\.([4-9]|1[0-7]|5[0-9]|60)\.attn_v_b\.weight$=iq5_k
 
 # Dense feed-forward
-^blk\.[0-9]+\.ffn_(gate|up)\.weight$=iq4_k
-^blk\.[0-9]+\.ffn_down\.weight$=iq5_ks
+^blk\.[0-9]+\.ffn_(down|gate|up)\.weight$=iq3_kt
 
 # Shared experts
 ^blk\.60\.ffn_(down|gate|up)_shexp\.weight$=q8_0
-^blk\.(2[2-9]|3[0-6])\.ffn_(gate|up)_shexp\.weight$=iq4_k
-^blk\.([3-5]|5[3-9])\.ffn_(gate|up)_shexp\.weight$=iq5_k
-^blk\.([6-9]|[14][0-9]|2[01]|3[7-9]|5[0-2])\.ffn_(gate|up)_shexp\.weight$=iq5_ks
-^blk\.(2[3-9]|3[0-5])\.ffn_down_shexp\.weight$=iq4_k
-^blk\.([3-6]|5[2-9])\.ffn_down_shexp\.weight$=iq5_k
-^blk\.([7-9]|[14][0-9]|2[0-2]|3[6-9]|5[01])\.ffn_down_shexp\.weight$=iq5_ks
+^blk\.(1[89]|[2-5][0-9])\.ffn_(gate|up)_shexp\.weight$=iq5_k
+^blk\.([3-9]|1[0-7])\.ffn_(gate|up)_shexp\.weight$=iq5_ks
+^blk\.(1[3-9]|[2-5][0-9])\.ffn_down_shexp\.weight$=iq5_k
+^blk\.([3-9]|1[0-2])\.ffn_down_shexp\.weight$=iq5_ks
 
 # Routed experts
-^blk\.5[34]\.ffn_(gate|up)_exps\.weight$=iq2_kl
-^blk\.([5-9]|[1-4][0-9]|5[0-25-9]|60)\.ffn_(gate|up)_exps\.weight$=iq2_kt
-^blk\.[34]\.ffn_(gate|up)_exps\.weight$=iq1_kt
-^blk\.2[4-8]\.ffn_down_exps\.weight$=iq2_kl
-^blk\.([3-9]|1[0-9]|2[0-3])\.ffn_down_exps\.weight$=iq2_kt
-^blk\.(29|[3-5][0-9]|60)\.ffn_down_exps\.weight$=iq3_kt
+^blk\.(1[4-9]|[23][0-9]|5[6-9]|60)\.ffn_(gate|up)_exps\.weight$=iq2_kt
+^blk\.([3-9]|1[0-3])\.ffn_(gate|up)_exps\.weight$=iq1_kt
+^blk\.(4[0-69]|5[0-5])\.ffn_(gate|up)_exps\.weight$=iq2_kl
+^blk\.4[78]\.ffn_(gate|up)_exps\.weight$=iq3_kt
+^blk\.(1[1-9]|2[0-9]|3[01])\.ffn_down_exps\.weight$=iq2_kt
+^blk\.([3-9]|10)\.ffn_down_exps\.weight$=iq1_kt
+^blk\.3[2-4]\.ffn_down_exps\.weight$=iq2_kl
+^blk\.(3[5-9]|[45][0-9]|60)\.ffn_down_exps\.weight$=iq3_kt
 
 # Token embedding and output
 ^output\.weight$=iq6_k

@@ -14,36 +14,27 @@ THREADS=${THREADS:-$(nproc)}
 
 custom=$(cat <<'RULES'
 # Attention
-^blk\.[0-9]+\.attn_(kv_a_mqa|v_b)\.weight$=q8_0
-^blk\.([0-9]|[1-5][0-9])\.attn_k_b\.weight$=q8_0
-^blk\.60\.attn_k_b\.weight$=q6_0
-^blk\.([0-9]|[1-4][0-9]|50)\.attn_output\.weight$=iq6_k
-^blk\.5[2-7]\.attn_output\.weight$=iq5_k
-^blk\.(5[89]|60)\.attn_output\.weight$=iq5_ks
-^blk\.51\.attn_output\.weight$=q6_K
-^blk\.([0-9]|[1-4][0-9]|5[0-7])\.attn_q_a\.weight$=q8_0
-^blk\.(5[89]|60)\.attn_q_a\.weight$=iq6_k
-^blk\.(0|4[5-9]|5[0-7])\.attn_q_b\.weight$=iq6_k
-^blk\.([1-9]|[1-3][0-9]|4[0-4])\.attn_q_b\.weight$=q8_0
-^blk\.(5[89]|60)\.attn_q_b\.weight$=q6_K
+^blk\.[0-9]+\.attn_(k_b|kv_a_mqa|q_a|v_b)\.weight$=q8_0
+^blk\.[0-2]\.attn_output\.weight$=iq5_k
+^blk\.([3-9]|[1-5][0-9]|60)\.attn_output\.weight$=iq6_k
+^blk\.([0-9]|1[0-4]|5[3-9]|60)\.attn_q_b\.weight$=iq6_k
+^blk\.(1[5-9]|[2-4][0-9]|5[0-2])\.attn_q_b\.weight$=q8_0
 
 # Dense feed-forward
-^blk\.[0-9]+\.ffn_(gate|up)\.weight$=iq6_k
-^blk\.[0-9]+\.ffn_down\.weight$=q8_0
+^blk\.[0-9]+\.ffn_(down|gate|up)\.weight$=iq5_k
 
 # Shared experts
-^blk\.([3-9]|1[0-8]|[45][0-9]|60)\.ffn_(gate|up)_shexp\.weight$=q8_0
-^blk\.(19|[23][0-9])\.ffn_(gate|up)_shexp\.weight$=iq6_k
-^blk\.(2[1-9]|3[0-7])\.ffn_down_shexp\.weight$=iq6_k
-^blk\.([3-9]|[145][0-9]|[26]0|3[89])\.ffn_down_shexp\.weight$=q8_0
+^blk\.[0-9]+\.ffn_(down|gate|up)_shexp\.weight$=q8_0
 
 # Routed experts
-^blk\.(1[6-9]|[23][0-9]|40)\.ffn_(gate|up)_exps\.weight$=iq4_k
-^blk\.([3-9]|1[0-5])\.ffn_(gate|up)_exps\.weight$=iq4_ks
-^blk\.(4[1-9]|5[0-9]|60)\.ffn_(gate|up)_exps\.weight$=iq5_ks
-^blk\.(2[3-9]|[3-5][0-9]|60)\.ffn_down_exps\.weight$=iq5_ks
-^blk\.([5-9]|1[0-9]|2[0-2])\.ffn_down_exps\.weight$=iq4_k
-^blk\.[34]\.ffn_down_exps\.weight$=iq4_ks
+^blk\.1[2-9]\.ffn_(gate|up)_exps\.weight$=iq4_ks
+^blk\.(2[0-9]|3[01])\.ffn_(gate|up)_exps\.weight$=iq4_k
+^blk\.([3-9]|1[01])\.ffn_(gate|up)_exps\.weight$=iq4_kt
+^blk\.(3[2-9]|[45][0-9]|60)\.ffn_(gate|up)_exps\.weight$=iq5_ks
+^blk\.(1[6-9]|2[0-6])\.ffn_down_exps\.weight$=iq4_k
+^blk\.(2[7-9]|[3-5][0-9]|60)\.ffn_down_exps\.weight$=iq5_ks
+^blk\.[3-8]\.ffn_down_exps\.weight$=iq4_kt
+^blk\.(9|1[0-5])\.ffn_down_exps\.weight$=iq4_ks
 
 # Token embedding and output
 ^output\.weight$=q8_0

@@ -14,50 +14,46 @@ THREADS=${THREADS:-$(nproc)}
 
 custom=$(cat <<'RULES'
 # Attention
-^blk\.([0-9]|[1-4][0-9]|5[0-4])\.attn_k_b\.weight$=q6_0
-^blk\.(5[5-9]|60)\.attn_k_b\.weight$=q5_0
-^blk\.([0-9]|1[0-2]|4[0-9]|5[0-8])\.attn_kv_a_mqa\.weight$=iq6_k
-^blk\.(1[3-9]|[23][0-9])\.attn_kv_a_mqa\.weight$=q8_0
-^blk\.(59|60)\.attn_kv_a_mqa\.weight$=iq5_k
-^blk\.(0|49|5[0-2])\.attn_output\.weight$=iq4_ks
-^blk\.([1-9]|10|4[1-8])\.attn_output\.weight$=iq4_k
-^blk\.(1[1-9]|[23][0-9]|40)\.attn_output\.weight$=iq5_ks
-^blk\.5[3-9]\.attn_output\.weight$=iq4_kt
-^blk\.60\.attn_output\.weight$=iq3_k
-^blk\.([0-3]|4[7-9]|5[0-4])\.attn_q_a\.weight$=iq5_k
-^blk\.(5[5-9]|60)\.attn_q_a\.weight$=iq5_ks
-^blk\.([6-9]|[1-3][0-9]|4[0-5])\.attn_q_a\.weight$=iq6_k
-^blk\.([45]|46)\.attn_q_a\.weight$=q6_K
-^blk\.([0-9]|1[01]|4[1-9]|5[0-2])\.attn_q_b\.weight$=iq5_ks
-^blk\.(1[2-9]|[23][0-9]|40)\.attn_q_b\.weight$=iq5_k
-^blk\.5[3-8]\.attn_q_b\.weight$=iq4_k
-^blk\.(59|60)\.attn_q_b\.weight$=iq4_ks
-^blk\.(0|5[1-9])\.attn_v_b\.weight$=iq5_k
-^blk\.([1-9]|[1-4][0-9]|50)\.attn_v_b\.weight$=iq6_k
-^blk\.60\.attn_v_b\.weight$=iq5_ks
+^blk\.[0-5]\.attn_k_b\.weight$=q5_0
+^blk\.([6-9]|[1-5][0-9]|60)\.attn_k_b\.weight$=q6_0
+^blk\.[0-2]\.attn_kv_a_mqa\.weight$=iq5_k
+^blk\.([3-9]|[1-5][0-9]|60)\.attn_kv_a_mqa\.weight$=iq6_k
+^blk\.0\.attn_output\.weight$=iq3_k
+^blk\.(1[6-9]|[24][0-9]|3[0-589]|5[0-2])\.attn_output\.weight$=iq4_k
+^blk\.(1[1-5]|5[3-8])\.attn_output\.weight$=iq4_ks
+^blk\.([1-9]|[16]0|59)\.attn_output\.weight$=iq4_kt
+^blk\.3[67]\.attn_output\.weight$=iq5_ks
+^blk\.([0-9]|1[01])\.attn_q_a\.weight$=iq5_ks
+^blk\.(1[2-9]|[25][0-9]|3[01]|4[3-9]|60)\.attn_q_a\.weight$=iq5_k
+^blk\.(3[6-9]|4[0-2])\.attn_q_a\.weight$=iq6_k
+^blk\.3[2-5]\.attn_q_a\.weight$=q6_K
+^blk\.[0-2]\.attn_q_b\.weight$=iq4_kt
+^blk\.(1[7-9]|[2-4][0-9]|5[0-3])\.attn_q_b\.weight$=iq5_ks
+^blk\.[3-5]\.attn_q_b\.weight$=iq4_ks
+^blk\.([6-9]|1[0-6]|5[4-9]|60)\.attn_q_b\.weight$=iq4_k
+^blk\.[0-2]\.attn_v_b\.weight$=iq5_ks
+^blk\.(1[7-9]|20)\.attn_v_b\.weight$=q6_K
+^blk\.(2[1-9]|[34][0-9]|5[0-2])\.attn_v_b\.weight$=iq6_k
+^blk\.([3-9]|1[0-6]|5[3-9]|60)\.attn_v_b\.weight$=iq5_k
 
 # Dense feed-forward
-^blk\.[0-9]+\.ffn_(gate|up)\.weight$=iq4_k
-^blk\.[0-9]+\.ffn_down\.weight$=iq5_ks
+^blk\.[0-9]+\.ffn_(down|gate|up)\.weight$=iq3_kt
 
 # Shared experts
 ^blk\.60\.ffn_(down|gate|up)_shexp\.weight$=q8_0
-^blk\.(2[1-9]|3[0-3])\.ffn_(gate|up)_shexp\.weight$=iq4_k
-^blk\.(3|5[1-8])\.ffn_(gate|up)_shexp\.weight$=iq5_k
-^blk\.([4-9]|[14][0-9]|[25]0|3[4-9])\.ffn_(gate|up)_shexp\.weight$=iq5_ks
-^blk\.59\.ffn_(gate|up)_shexp\.weight$=q6_K
-^blk\.(2[2-9]|3[0-3])\.ffn_down_shexp\.weight$=iq4_k
-^blk\.([5-9]|[14][0-9]|2[01]|3[4-9]|52)\.ffn_down_shexp\.weight$=iq5_ks
-^blk\.5[89]\.ffn_down_shexp\.weight$=q6_K
-^blk\.([34]|5[013-7])\.ffn_down_shexp\.weight$=iq5_k
+^blk\.(2[357]|3[2-9]|[45][0-9])\.ffn_(gate|up)_shexp\.weight$=iq5_k
+^blk\.([3-9]|1[0-9]|2[0-24689]|3[01])\.ffn_(gate|up)_shexp\.weight$=iq5_ks
+^blk\.(1[7-9]|[2-5][0-9])\.ffn_down_shexp\.weight$=iq5_k
+^blk\.([3-9]|1[0-6])\.ffn_down_shexp\.weight$=iq5_ks
 
 # Routed experts
-^blk\.[3-6]\.ffn_(gate|up)_exps\.weight$=iq1_kt
-^blk\.5[34]\.ffn_(gate|up)_exps\.weight$=iq2_kl
-^blk\.([7-9]|[1-4][0-9]|5[0-25-9]|60)\.ffn_(gate|up)_exps\.weight$=iq2_kt
-^blk\.(2[89]|3[0-3])\.ffn_down_exps\.weight$=iq2_kl
-^blk\.([3-9]|1[0-9]|2[0-7])\.ffn_down_exps\.weight$=iq2_kt
-^blk\.(3[4-9]|[45][0-9]|60)\.ffn_down_exps\.weight$=iq3_kt
+^blk\.(1[5-9]|[23][0-9]|5[6-9]|60)\.ffn_(gate|up)_exps\.weight$=iq2_kt
+^blk\.([3-9]|1[0-4])\.ffn_(gate|up)_exps\.weight$=iq1_kt
+^blk\.(4[0-9]|5[0-5])\.ffn_(gate|up)_exps\.weight$=iq2_kl
+^blk\.(1[2-9]|2[0-9]|3[0-4])\.ffn_down_exps\.weight$=iq2_kt
+^blk\.([3-9]|1[01])\.ffn_down_exps\.weight$=iq1_kt
+^blk\.(3[6-9]|[45][0-9]|60)\.ffn_down_exps\.weight$=iq3_kt
+^blk\.35\.ffn_down_exps\.weight$=iq2_kl
 
 # Token embedding and output
 ^output\.weight$=iq6_k

@@ -14,48 +14,36 @@ THREADS=${THREADS:-$(nproc)}
 
 custom=$(cat <<'RULES'
 # Attention
-^blk\.([0-9]|3[7-9]|[45][0-9])\.attn_k_b\.weight$=q6_0
-^blk\.([12][0-9]|3[0-6])\.attn_k_b\.weight$=q8_0
-^blk\.60\.attn_k_b\.weight$=q5_0
-^blk\.([0-5]|4[1-9]|5[0-7])\.attn_kv_a_mqa\.weight$=iq6_k
-^blk\.([6-9]|[1-3][0-9]|40)\.attn_kv_a_mqa\.weight$=q8_0
-^blk\.58\.attn_kv_a_mqa\.weight$=q6_K
-^blk\.(59|60)\.attn_kv_a_mqa\.weight$=iq5_k
-^blk\.([0-9]|1[0-3]|3[3-9]|4[0-9])\.attn_output\.weight$=iq5_ks
-^blk\.(1[4-9]|2[0-9]|3[0-2])\.attn_output\.weight$=iq5_k
-^blk\.5[0-4]\.attn_output\.weight$=iq4_k
-^blk\.5[5-7]\.attn_output\.weight$=iq4_ks
-^blk\.(5[89]|60)\.attn_output\.weight$=iq4_kt
-^blk\.(0|4[56])\.attn_q_a\.weight$=q6_K
-^blk\.([1-9]|[1-3][0-9]|4[0-4])\.attn_q_a\.weight$=iq6_k
-^blk\.(4[7-9]|5[0-3])\.attn_q_a\.weight$=iq5_k
-^blk\.(5[4-9]|60)\.attn_q_a\.weight$=iq5_ks
-^blk\.([0-7]|39|4[0-8])\.attn_q_b\.weight$=iq5_k
-^blk\.(5[89]|60)\.attn_q_b\.weight$=iq4_k
-^blk\.(8|3[78])\.attn_q_b\.weight$=q6_K
-^blk\.(9|[12][0-9]|3[0-6])\.attn_q_b\.weight$=iq6_k
-^blk\.(49|5[0-7])\.attn_q_b\.weight$=iq5_ks
-^blk\.([0-7]|39|4[0-9]|5[0-6])\.attn_v_b\.weight$=iq6_k
-^blk\.(5[89]|60)\.attn_v_b\.weight$=iq5_k
-^blk\.57\.attn_v_b\.weight$=q6_K
-^blk\.([89]|[12][0-9]|3[0-8])\.attn_v_b\.weight$=q8_0
+^blk\.([0-6]|60)\.attn_k_b\.weight$=q6_0
+^blk\.([7-9]|[1-5][0-9])\.attn_k_b\.weight$=q8_0
+^blk\.[0-5]\.attn_kv_a_mqa\.weight$=iq6_k
+^blk\.([6-9]|[1-5][0-9]|60)\.attn_kv_a_mqa\.weight$=q8_0
+^blk\.[0-2]\.attn_output\.weight$=iq4_k
+^blk\.(1[4-9]|[2-4][0-9]|5[0-2])\.attn_output\.weight$=iq5_k
+^blk\.([3-9]|1[0-3]|5[3-9]|60)\.attn_output\.weight$=iq5_ks
+^blk\.[0-6]\.attn_q_a\.weight$=iq5_k
+^blk\.([7-9]|[1-5][0-9]|60)\.attn_q_a\.weight$=iq6_k
+^blk\.([0-9]|1[0-5]|5[1-9]|60)\.attn_q_b\.weight$=iq5_k
+^blk\.(1[6-9]|[2-4][0-9]|50)\.attn_q_b\.weight$=iq6_k
+^blk\.([0-9]|[16]0|5[7-9])\.attn_v_b\.weight$=iq6_k
+^blk\.(1[1-9]|[2-4][0-9]|5[0-6])\.attn_v_b\.weight$=q8_0
 
 # Dense feed-forward
-^blk\.[0-9]+\.ffn_(down|gate|up)\.weight$=iq5_ks
+^blk\.[0-9]+\.ffn_(down|gate|up)\.weight$=iq4_kt
 
 # Shared experts
-^blk\.59\.ffn_(down|gate|up)_shexp\.weight$=q6_K
 ^blk\.60\.ffn_(down|gate|up)_shexp\.weight$=q8_0
-^blk\.([1-6]|5[2-8])\.ffn_(gate|up)_shexp\.weight$=iq5_k
-^blk\.([7-9]|[1-4][0-9]|5[01])\.ffn_(gate|up)_shexp\.weight$=iq5_ks
-^blk\.([1-7]|5[1-8])\.ffn_down_shexp\.weight$=iq5_k
-^blk\.([89]|[1-4][0-9]|50)\.ffn_down_shexp\.weight$=iq5_ks
+^blk\.[1-6]\.ffn_(gate|up)_shexp\.weight$=iq5_k
+^blk\.([7-9]|[1-5][0-9])\.ffn_(gate|up)_shexp\.weight$=iq6_k
+^blk\.1\.ffn_down_shexp\.weight$=iq5_k
+^blk\.([2-9]|[1-5][0-9])\.ffn_down_shexp\.weight$=iq6_k
 
 # Routed experts
-^blk\.([1-9]|1[0-3])\.ffn_(gate|up)_exps\.weight$=iq1_kt
-^blk\.(1[4-9]|[2-5][0-9]|60)\.ffn_(gate|up)_exps\.weight$=iq2_kt
-^blk\.[1-4]\.ffn_down_exps\.weight$=iq1_kt
-^blk\.([5-9]|[1-5][0-9]|60)\.ffn_down_exps\.weight$=iq2_kt
+^blk\.([1-9]|1[0-7])\.ffn_(gate|up)_exps\.weight$=iq1_kt
+^blk\.(1[89]|[2-5][0-9]|60)\.ffn_(gate|up)_exps\.weight$=iq2_kt
+^blk\.([1-9]|1[0-4])\.ffn_down_exps\.weight$=iq1_kt
+^blk\.(1[5-9]|[23][0-9]|4[0-4]|5[1-9]|60)\.ffn_down_exps\.weight$=iq2_kt
+^blk\.(4[5-9]|50)\.ffn_down_exps\.weight$=iq3_kt
 
 # Token embedding and output
 ^output\.weight$=iq6_k

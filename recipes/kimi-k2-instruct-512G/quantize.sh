@@ -15,26 +15,29 @@ THREADS=${THREADS:-$(nproc)}
 custom=$(cat <<'RULES'
 # Attention
 ^blk\.[0-9]+\.attn_(k_b|kv_a_mqa|q_a|v_b)\.weight$=q8_0
-^blk\.([0-9]|[1-3][0-9]|4[0-8])\.attn_output\.weight$=q8_0
-^blk\.(49|5[0-9]|60)\.attn_output\.weight$=iq6_k
-^blk\.([0-9]|[1-4][0-9]|5[0-8])\.attn_q_b\.weight$=q8_0
-^blk\.(59|60)\.attn_q_b\.weight$=iq6_k
+^blk\.([0-7]|5[89]|60)\.attn_output\.weight$=iq6_k
+^blk\.([89]|[1-4][0-9]|5[0-7])\.attn_output\.weight$=q8_0
+^blk\.0\.attn_q_b\.weight$=iq6_k
+^blk\.([1-9]|[1-5][0-9]|60)\.attn_q_b\.weight$=q8_0
 
 # Dense feed-forward
-^blk\.[0-9]+\.ffn_(down|gate|up)\.weight$=q8_0
+^blk\.[0-9]+\.ffn_(gate|up)\.weight$=q6_K
+^blk\.[0-9]+\.ffn_down\.weight$=iq5_k
 
 # Shared experts
-^blk\.([1-9]|[145][0-9]|2[0-4]|3[014-9]|60)\.ffn_(gate|up)_shexp\.weight$=q8_0
-^blk\.(2[5-9]|3[23])\.ffn_(gate|up)_shexp\.weight$=iq6_k
-^blk\.[0-9]+\.ffn_down_shexp\.weight$=q8_0
+^blk\.[0-9]+\.ffn_(down|gate|up)_shexp\.weight$=q8_0
 
 # Routed experts
-^blk\.1\.ffn_(gate|up)_exps\.weight$=iq3_k
-^blk\.(2[6-9]|[3-5][0-9]|60)\.ffn_(gate|up)_exps\.weight$=iq4_ks
-^blk\.([2-9]|1[0-9]|2[0-5])\.ffn_(gate|up)_exps\.weight$=iq4_kt
-^blk\.(1[4-9]|2[0-4])\.ffn_down_exps\.weight$=iq4_ks
-^blk\.([1-9]|1[0-3])\.ffn_down_exps\.weight$=iq4_kt
+^blk\.[1-6]\.ffn_(gate|up)_exps\.weight$=iq3_kt
+^blk\.(2[2-9]|30)\.ffn_(gate|up)_exps\.weight$=iq4_ks
+^blk\.(3[1-9]|[45][0-9]|60)\.ffn_(gate|up)_exps\.weight$=iq4_k
+^blk\.(9|1[0-9]|2[01])\.ffn_(gate|up)_exps\.weight$=iq4_kt
+^blk\.[78]\.ffn_(gate|up)_exps\.weight$=iq3_k
+^blk\.[1-3]\.ffn_down_exps\.weight$=iq3_kt
 ^blk\.(2[5-9]|[3-5][0-9]|60)\.ffn_down_exps\.weight$=iq4_k
+^blk\.([6-9]|1[0-8])\.ffn_down_exps\.weight$=iq4_kt
+^blk\.(19|2[0-4])\.ffn_down_exps\.weight$=iq4_ks
+^blk\.[45]\.ffn_down_exps\.weight$=iq3_k
 
 # Token embedding and output
 ^output\.weight$=q8_0
@@ -51,4 +54,4 @@ fi
 
 [[ -n $IMATRIX ]] && options+=(--imatrix "$IMATRIX")
 "$QUANTIZE" "${options[@]}" --custom-q "$custom" \
-  "$SOURCE" "$OUT" IQ4_KS "$THREADS"
+  "$SOURCE" "$OUT" IQ4_K "$THREADS"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# qwen3-235b-a22b, 185.84 GiB, 6.790 bpw (ik), by quantmix 0.1.0
+# qwen3-235b-a22b, 185.86 GiB, 6.791 bpw (ik), by quantmix 0.1.0
 # Usage: quantize.sh [--dry-run] SOURCE.gguf OUT.gguf [IMATRIX]     (or SOURCE, OUT, IMATRIX in the
 # environment; QUANTIZE names the program, THREADS the number of threads)
 set -euo pipefail
@@ -17,10 +17,13 @@ custom=$(cat <<'RULES'
 ^blk\.[0-9]+\.attn_(k|output|q|v)\.weight$=q8_0
 
 # Routed experts
-^blk\.([0-9]|[1-8][0-9]|9[01])\.ffn_(gate|up)_exps\.weight$=iq6_k
-^blk\.9[23]\.ffn_(gate|up)_exps\.weight$=q8_0
-^blk\.([0-9]|[1-7][0-9]|8[0-2])\.ffn_down_exps\.weight$=iq6_k
-^blk\.(8[3-9]|9[0-3])\.ffn_down_exps\.weight$=q8_0
+^blk\.([1-46-9]|1[0-9]|2[0-2])\.ffn_(gate|up)_exps\.weight$=q6_K
+^blk\.(2[3-9]|[3-7][0-9]|8[0-8])\.ffn_(gate|up)_exps\.weight$=iq6_k
+^blk\.[05]\.ffn_(gate|up)_exps\.weight$=iq5_k
+^blk\.(89|9[0-3])\.ffn_(gate|up)_exps\.weight$=q8_0
+^blk\.0\.ffn_down_exps\.weight$=q6_K
+^blk\.([1-9]|[1-7][0-9]|8[0-4])\.ffn_down_exps\.weight$=iq6_k
+^blk\.(8[5-9]|9[0-3])\.ffn_down_exps\.weight$=q8_0
 
 # Token embedding and output
 ^output\.weight$=q8_0

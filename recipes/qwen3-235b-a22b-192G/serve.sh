@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# qwen3-235b-a22b, 185.84 GiB, 6.790 bpw (ik), by quantmix 0.1.0
+# qwen3-235b-a22b, 185.86 GiB, 6.791 bpw (ik), by quantmix 0.1.0
 # Usage: serve.sh MODEL.gguf [more llama-server options]
 set -euo pipefail
 MODEL=${1:-${MODEL:?the quantized GGUF is the first argument}}

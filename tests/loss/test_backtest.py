@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from quantmix.errors import BadFile
-from quantmix.loss import backtest, cases, evidence, measured_recipes
+from quantmix.loss import backtest, cases, evidence, measured_recipes, prior
 
 from .conftest import catalog_model
 
@@ -34,6 +34,29 @@ def test_targets_hold_on_package_data(doc: dict[str, Any]) -> None:
     assert middle["p90"] <= 0.8 * control["2.3-3.3"]["p90"]
     assert 0.85 <= _band(doc["bands"], "all")["coverage90"] <= 0.97
     assert _band(doc["leave_model_out"]["bands"], "all")["coverage90"] >= 0.8
+
+
+@pytest.mark.slow
+def test_a_model_left_out_is_covered_in_every_family(doc: dict[str, Any]) -> None:
+    """The prior's intervals hold for each kind of model, not just for all together."""
+    inside: dict[str, list[bool]] = {}
+    for row in doc["leave_model_out"]["rows"]:
+        if not row["shown_apart"]:
+            family = prior.family(catalog_model(row["model"]))
+            inside.setdefault(family, []).append(row["low"] <= row["measured"] <= row["high"])
+    assert set(inside) == {"dense", "gqa", "hybrid", "hybrid_moe", "mla"}
+    for family, covered in inside.items():
+        assert sum(covered) >= 0.8 * len(covered), family
+
+
+@pytest.mark.slow
+def test_recipes_of_a_tool_are_predicted_from_mixes_by_class(doc: dict[str, Any]) -> None:
+    """What one tool solved by tensor is covered when only other people's mixes are known."""
+    rows = doc["leave_tool_out"]["rows"]
+    assert len(rows) >= 50
+    assert all("recipe" in r["id"] for r in rows)
+    covered = [r["low"] <= r["measured"] <= r["high"] for r in rows]
+    assert sum(covered) >= 0.85 * len(rows)
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import math
 import os
 from pathlib import Path
@@ -10,9 +11,12 @@ import numpy as np
 import pytest
 
 from quantmix.errors import BadFile
+from quantmix.loss import calibrate, evidence, mixes
 from quantmix.loss import curve as shipped
-from quantmix.loss.fit import curate, curve, sensitivity, tables
+from quantmix.loss.fit import curate, curve, hyper, sensitivity, tables
 from quantmix.loss.fit.__main__ import refit
+
+from .conftest import catalog_model
 
 RESEARCH = os.environ.get("QUANTMIX_RESEARCH")
 DATA = Path(shipped.__file__).parent
@@ -90,13 +94,65 @@ def _write_tables(root: Path) -> None:
 def test_floor_and_groups_are_taken_out(tmp_path: Path) -> None:
     """The noise floor is subtracted, a grouped value is split, shares keep their ratio."""
     _write_tables(tmp_path)
-    found = tables.tensor_tables(tmp_path)
+    found = tables.kld_tables(tmp_path)
     assert [t.type for t in found] == ["iq1_kt"]
     fit = sensitivity.fit_sensitivity(found)
     share = {r: s for (f, r), s in fit.share.items() if f == "hybrid"}
     assert share["ffn_down"] / share["ffn_up"] == pytest.approx(2.0, rel=0.02)
     assert share["attn_k"] / share["ffn_up"] == pytest.approx(1.5, rel=0.02)
     assert share["ssm_out"] < 0.02 * share["ffn_up"]
+
+
+def test_tables_of_perplexity_give_its_logarithm(tmp_path: Path) -> None:
+    """Cells of ppl tables are ln PPL; 404 and rows of ternary types are not read."""
+    folder = tmp_path / "models" / "Qwen3.5-0.8B"
+    folder.mkdir(parents=True)
+    (folder / "ppl_results.csv").write_text("QTYPE,a,b\niq1_bn,9,9\niq1_kt,7.5,404\n")
+    (found,) = tables.ppl_tables(tmp_path)
+    assert (found.model, found.type) == ("Qwen3.5-0.8B", "iq1_kt")
+    assert found.cells == {"a": pytest.approx(math.log(7.5)), "b": None}
+
+
+def test_a_table_without_attention_is_put_on_the_scale_of_whole_ones() -> None:
+    """Half a model's cells do not count as a whole model; ratios inside the table stay."""
+    r1 = catalog_model("deepseek-r1")
+    value = {"ffn_down_exps": 4e-3, "ffn_up_exps": 2e-3, "ffn_gate_exps": 2e-3}
+    cells = {
+        t.name: 1e-7 * (t.layer or 0) + value.get(t.role, 1e-3)
+        for t in r1.tensors
+        if t.quantizable and t.loaded
+    }
+    part = {n: v for n, v in cells.items() if "attn" not in n}
+    whole = tables.TensorTable("DeepSeek-R1", "iq1_kt", dict(cells))
+    half = tables.TensorTable("DeepSeek-V3", "iq1_kt", dict(part))
+    alone = sensitivity.fit_sensitivity([whole]).share
+    both = sensitivity.fit_sensitivity([whole, half]).share
+    for role in value:
+        assert both["mla", role] == pytest.approx(alone["mla", role], rel=0.02), role
+
+
+def test_published_mixes_belong_to_rows_and_their_size_agrees() -> None:
+    """A mix added to a row fits the size its author published, and says where it stands."""
+    rows = {(p.model, p.label): p for p in evidence.published()}
+    text = (DATA / "fit" / "mixes.csv").read_text(encoding="utf-8")
+    added = list(csv.DictReader(text.splitlines()))
+    assert len(added) == len(curate.published_mixes())
+    for line in added:
+        row = rows[evidence.catalog_id(line["model"]) or "", line["label"]]
+        assert line["source"].startswith("https://")
+        assert row.mix == line["mix"]
+        model = catalog_model(row.model)
+        bits = evidence.bits_of(model, mixes.resolve(model, row.mix))
+        assert bits == pytest.approx(row.bpw, rel=0.007), line["label"]
+
+
+def test_a_model_with_many_rows_does_not_set_the_interval_alone() -> None:
+    """A quantile covers its share of the weight, not of the rows; never less than normal."""
+    sure = calibrate.Prediction(ln_ppl=1.0, damage=0.1, rise=0.1, relative=0.1, edge=1e-3)
+    near = [hyper._Left(sure, 1.0, 1.0 / 50) for _ in range(50)]
+    far = [hyper._Left(sure, 1.03, 1.0)]
+    assert hyper._quantile(near) == (1.65, 1.65)
+    assert hyper._quantile(near + far)[0] == pytest.approx(math.log(1.3) / 0.1, abs=0.06)
 
 
 def test_shapes_over_depth_are_shrunk_towards_flat() -> None:
@@ -111,7 +167,7 @@ def test_shapes_over_depth_are_shrunk_towards_flat() -> None:
 def test_tables_need_a_folder_and_columns(tmp_path: Path) -> None:
     """Missing inputs are named."""
     with pytest.raises(BadFile, match="no model folders"):
-        tables.tensor_tables(tmp_path / "none")
+        tables.ppl_tables(tmp_path / "none")
     file = tmp_path / "m.csv"
     file.write_text("a,b\n")
     with pytest.raises(BadFile, match="columns"):
@@ -133,3 +189,13 @@ def test_curation_keeps_one_bench_and_current_code() -> None:
     kept = curate.curate(rows)
     assert [(r["model"], r["label"]) for r in kept] == [("deepseek-r1", "Q4")]
     assert curate.base_rows(kept)[0]["ppl"] == "3.349"
+
+
+def test_a_mix_published_on_another_page_is_added_only_where_there_is_none() -> None:
+    """The author's own mix column is never overwritten."""
+    row = dict.fromkeys(curate.COLUMNS, "")
+    row |= {"model": "DeepSeek-V3.1", "label": "IQ4_K (ubergarm)", "ppl": "3.3715",
+            "corpus": "wiki.test.raw", "n_ctx": "512"}  # fmt: skip
+    bare, named = curate.curate([row, {**row, "mix": "all=q8_0"}])
+    assert "ffn_down_exps=iq5_k" in bare["mix"]
+    assert named["mix"] == "all=q8_0"

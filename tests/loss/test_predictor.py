@@ -65,6 +65,18 @@ def test_a_model_without_measurements_has_a_ratio_but_no_ppl() -> None:
     assert any("no measurement" in w for w in q.warnings)
 
 
+def test_an_unknown_base_does_not_blur_the_ratio() -> None:
+    """At q8_0 the rise is known to a percent, whoever the base is: it cancels."""
+    model = catalog_model("qwen3.5-9b")
+    q8 = get("q8_0", "ik")
+    quality = loss.load(model).quality(
+        model, [q8 if t.quantizable else None for t in model.tensors]
+    )
+    assert quality.ppl is None
+    assert -0.01 < quality.ln_ppl_ratio_low < quality.ln_ppl_ratio < quality.ln_ppl_ratio_high
+    assert quality.ln_ppl_ratio_high < 0.01
+
+
 def test_damage_of_r1_is_fast(r1: Model) -> None:
     """A thousand tensors by the default palette take less than 20 ms (best of ten)."""
     loss_model = loss.load(r1)

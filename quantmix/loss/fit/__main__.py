@@ -32,10 +32,10 @@ def refit(raw: Path, measurements: Path, out: Path) -> None:
     """Fit from `raw` and `measurements`, write the parameter files into `out`."""
     out.mkdir(parents=True, exist_ok=True)
     rows = tables.read_measurements(measurements)
-    sweeps, single = tables.sweeps(raw, rows), tables.tensor_tables(raw)
-    fitted = curve.fit_curve(sweeps, sensitivity.anchors(single, sweeps))
+    sweeps = tables.sweeps(raw, rows)
+    fitted = curve.fit_curve(sweeps, sensitivity.anchors(tables.kld_tables(raw), sweeps))
     _write(out / "curve.csv", ("type", "gain", "sd", "n_models", "source"), _curve_rows(fitted))
-    sens = sensitivity.fit_sensitivity(single)
+    sens = sensitivity.fit_sensitivity(tables.ppl_tables(raw))
     columns = ("family", "role", "share", "slope", "bend", "first", "last", "n_tables", "source")
     _write(out / "sensitivity.csv", columns, _sensitivity_rows(sens))
     shipped = curate.curate(rows)

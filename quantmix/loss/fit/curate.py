@@ -2,13 +2,16 @@
 
 Kept: wiki.test.raw at context 512, models of the catalog, current quantization code. Dropped:
 sweeps on calibration text, rows of code that was replaced, models under other names (finetunes,
-quantization-aware variants). Nothing is changed in a row but the model name (catalog id).
+quantization-aware variants). Nothing is changed in a row but the model name (catalog id); a row
+without a mix gets the one that its author published elsewhere (`mixes.csv`, with the page).
 """
 
 from __future__ import annotations
 
+import csv
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from importlib.resources import files
 from typing import Final
 
 from quantmix.loss import evidence
@@ -23,13 +26,25 @@ _SUPERSEDED: Final = re.compile(r"before\b|\bolder\b|\bOld\b|earlier build|BitCl
 
 def curate(rows: Iterable[Mapping[str, str]]) -> list[dict[str, str]]:
     """Return the rows to ship, in the order of the input."""
+    elsewhere = published_mixes()
     out = []
     for row in rows:
         model = evidence.catalog_id(row["model"])
         on_bench = row["corpus"] == evidence.CORPUS and row["n_ctx"] == str(evidence.N_CTX)
         if model and on_bench and not _SUPERSEDED.search(row["label"]):
-            out.append({**{c: row.get(c, "") for c in COLUMNS}, "model": model})
+            mix = row.get("mix") or elsewhere.get((row["model"], row["label"]), "")
+            kept = {c: row.get(c, "") for c in COLUMNS}
+            out.append({**kept, "model": model, "mix": mix})
     return out
+
+
+def published_mixes() -> dict[tuple[str, str], str]:
+    """Return mixes that authors published on another page than the perplexity.
+
+    By (model as published, label); `mixes.csv` names the page of each.
+    """
+    text = (files("quantmix.loss.fit") / "mixes.csv").read_text(encoding="utf-8")
+    return {(r["model"], r["label"]): r["mix"] for r in csv.DictReader(text.splitlines())}
 
 
 def base_rows(curated: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:

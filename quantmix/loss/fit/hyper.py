@@ -36,6 +36,7 @@ _PASSES: Final = 2
 # A little above 90 %: what is fitted on the same rows is a little too sure of itself.
 _COVER: Final = 0.92
 _MIN_ROWS: Final = 5
+_NORMAL: Final = 1.65
 
 
 @dataclass(frozen=True)
@@ -241,42 +242,55 @@ def _best(path: Sequence[tuple[Hyper, _Score]], without: str | None) -> Hyper:
 def _quantiles(
     usable: Sequence[cases.Cases], tested: Sequence[cases.Cases], h: Hyper, without: str | None
 ) -> Hyper:
-    """Return `h` with the quantiles that cover 90 % of left-out rows, and of left-out models."""
-    rows = [p for c in tested if c.model.id != without for p in backtest.predictions(c, h)]
-    models = [
-        p
-        for c in usable
-        if c.model.id != without and c.bench.base_known
-        for p in backtest.predictions(c, h, prior_only=True)
-    ]
+    """Return `h` with the quantiles that cover 90 % of left-out rows, and of left-out models.
+
+    The rows of a model resemble each other: together they count like √n rows where other rows of
+    the model are known, and like one where only the prior speaks, since the question there is how
+    far the next model lies off.
+    """
+    rows, models = [], []
+    for case in (c for c in tested if c.model.id != without):
+        share = 1.0 / math.sqrt(len(case.exact))
+        rows += [_Left(p, y, share) for p, y in backtest.predictions(case, h)]
+    for case in (c for c in usable if c.model.id != without and c.bench.base_known):
+        found = backtest.predictions(case, h, prior_only=True)
+        models += [_Left(p, y, 1.0 / len(found)) for p, y in found]
     return replace(h, quantiles=_quantile(rows), quantiles_prior=_quantile(models))
 
 
-def _quantile(pairs: Sequence[tuple[calibrate.Prediction, float]]) -> tuple[float, float]:
-    """Return the least quantiles whose intervals cover 90 %, of ln rise and of noise.
+@dataclass(frozen=True, slots=True)
+class _Left:
+    """A prediction of what was left out, the measured ln PPL, and how much it counts."""
+
+    prediction: calibrate.Prediction
+    measured: float
+    weight: float
+
+
+def _quantile(left: Sequence[_Left]) -> tuple[float, float]:
+    """Return the least quantiles whose intervals cover `_COVER`, of ln rise and of noise.
 
     The first is fitted on predictions whose uncertainty is mostly that of the rise, the second on
-    the others, in turn: at high bits noise decides, at low bits the model.
+    the others, in turn: at high bits noise decides, at low bits the model. Neither is less than
+    what 90 % take of a normal distribution.
     """
-    rise = [p for p in pairs if p[0].relative * p[0].rise > p[0].edge]
-    noise = [p for p in pairs if p[0].relative * p[0].rise <= p[0].edge]
-    first, second = 1.645, 1.645
+    rise = [x for x in left if x.prediction.relative * x.prediction.rise > x.prediction.edge]
+    noise = [x for x in left if x.prediction.relative * x.prediction.rise <= x.prediction.edge]
+    first, second = _NORMAL, _NORMAL
     for _ in range(4):
         first = _least(rise, lambda q, other=second: (q, other))  # type: ignore[misc]
         second = _least(noise, lambda q, other=first: (other, q))  # type: ignore[misc]
     return first, second
 
 
-def _least(
-    pairs: Sequence[tuple[calibrate.Prediction, float]],
-    both: Callable[[float], tuple[float, float]],
-) -> float:
-    for quantile in np.arange(1.0, 4.0, 0.05):
-        inside = 0
-        for p, measured in pairs:
-            low, high = p.bounds(both(float(quantile)))
-            inside += low <= measured <= high
-        if inside >= _COVER * len(pairs):
+def _least(left: Sequence[_Left], both: Callable[[float], tuple[float, float]]) -> float:
+    wanted = _COVER * sum(x.weight for x in left)
+    for quantile in np.arange(_NORMAL, 4.0, 0.05):
+        inside = 0.0
+        for x in left:
+            low, high = x.prediction.bounds(both(float(quantile)))
+            inside += x.weight * (low <= x.measured <= high)
+        if inside >= wanted:
             return round(float(quantile), 2)
     return 4.0
 

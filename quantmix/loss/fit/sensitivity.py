@@ -1,8 +1,11 @@
 """Fits the sensitivity prior from per-tensor tables: role shares and their shape over depth.
 
+From tables of ln PPL: what is predicted is ln PPL, and KLD of one tensor rates early layers higher.
+
 Per table: subtract the noise floor, split cells that were measured as one group, cut outliers,
 divide by the sum. The floor falls linearly with depth, because a disturbance of an early layer
-has more layers left to grow in (expert flips); it is the 5 % quantile line of the cells.
+has more layers left to grow in (expert flips); it is the 5 % quantile line of the cells. A table
+without attention is put on the scale of the whole ones of its family.
 
     share of one tensor = S[family, role] / n_layer · shape(family, class of role, depth)
     shape(u) = exp(slope · u + bend · (u² - 1/3)) · e^first (first layer) · e^last (last layer)
@@ -82,7 +85,7 @@ def fit_sensitivity(tables: Sequence[TensorTable]) -> SensitivityFit:
     by_family: dict[str, list[_Clean]] = defaultdict(list)
     for c in clean:
         by_family[c.family].append(c)
-    densities = {f: [_densities(c) for c in cs] for f, cs in by_family.items()}
+    densities = {f: _whole([_densities(c) for c in cs]) for f, cs in by_family.items()}
     overall = _mean([d for ds in densities.values() for d in [_mean(ds)]])
     share = {}
     for fam, ds in densities.items():
@@ -100,6 +103,27 @@ def fit_sensitivity(tables: Sequence[TensorTable]) -> SensitivityFit:
     for cls in prior.CLASSES:
         shape["any", cls] = fit_shape([_profile(c, cls) for c in clean])
     return SensitivityFit(share, shape, {f: len(cs) for f, cs in by_family.items()})
+
+
+def _whole(densities: Sequence[Mapping[str, float]]) -> list[Mapping[str, float]]:
+    """Return densities on one scale: a table without attention cells is no whole model.
+
+    Such a table is scaled so that its roles together weigh what they weigh on average in the
+    whole tables of the family; where no table is whole, they stay as they are.
+    """
+    whole = [d for d in densities if any(r.startswith(("attn", "ssm")) for r in d)]
+    if not whole:
+        return list(densities)
+    mean = _mean(whole)
+    out: list[Mapping[str, float]] = []
+    for d in densities:
+        common = [r for r in d if r in mean]
+        if d in whole or not common:
+            out.append(d)
+            continue
+        factor = sum(mean[r] for r in common) / sum(d[r] for r in common)
+        out.append({r: v * factor for r, v in d.items()})
+    return out
 
 
 def _mean(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:

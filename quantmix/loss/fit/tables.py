@@ -1,13 +1,15 @@
-"""Reads raw measurement tables: whole-model sweeps over types, and per-tensor KLD.
+"""Reads raw measurement tables: whole-model sweeps over types, and one tensor at a time.
 
-Layout, one folder per model: `kld_results.csv` (first column the type, one column per tensor,
-404 = not measured) and `group0/kld_results_partial.csv` (type, whole-model KLD). Files without
-`_partial` beside it hold interpolated values and are never read.
+Layout, one folder per model: `kld_results.csv` and `ppl_results.csv` (first column the type, one
+column per tensor, 404 = not measured) and `group0/kld_results_partial.csv` (type, whole-model
+KLD). Files without `_partial` beside it hold interpolated values and are never read.
 """
 
 from __future__ import annotations
 
 import csv
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -31,7 +33,10 @@ class Sweep:
 
 @dataclass(frozen=True, slots=True)
 class TensorTable:
-    """KLD in nats of the model with one tensor at `type`, by tensor name; None = not measured."""
+    """What the model with one tensor at `type` measures, by tensor name; None = not measured.
+
+    KLD in nats, or ln PPL.
+    """
 
     model: str
     type: str
@@ -58,19 +63,28 @@ def sweeps(tables: Path, measurements: list[dict[str, str]]) -> list[Sweep]:
     return [Sweep(m, dict(sorted(k.items()))) for m, k in sorted(found.items())]
 
 
-def tensor_tables(tables: Path) -> list[TensorTable]:
+def kld_tables(tables: Path) -> list[TensorTable]:
     """Return the per-tensor KLD tables, one per model: the first row of a sane low-bit type."""
+    return _tensor_tables(tables, "kld_results.csv", float)
+
+
+def ppl_tables(tables: Path) -> list[TensorTable]:
+    """Return the per-tensor tables of ln PPL, one per model, as `kld_tables` does."""
+    return _tensor_tables(tables, "ppl_results.csv", lambda ppl: math.log(max(ppl, 1.0)))
+
+
+def _tensor_tables(tables: Path, file: str, of: Callable[[float], float]) -> list[TensorTable]:
     out = []
-    for folder in _folders(tables):
-        file = folder / "kld_results.csv"
-        if not file.is_file():
+    for path in (f / file for f in _folders(tables)):
+        if not path.is_file():
             continue
-        with file.open(encoding="utf-8", newline="") as f:
+        with path.open(encoding="utf-8", newline="") as f:
             header, *rows = list(csv.reader(f))
         for row in rows:
             if row and not row[0].endswith("_bn"):
-                cells = {n: _cell(v) for n, v in zip(header[1:], row[1:], strict=True)}
-                out.append(TensorTable(folder.name, row[0], cells))
+                read = zip(header[1:], map(_cell, row[1:]), strict=True)
+                cells = {n: None if v is None else of(v) for n, v in read}
+                out.append(TensorTable(path.parent.name, row[0], cells))
                 break
     return out
 
