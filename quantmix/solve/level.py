@@ -33,6 +33,9 @@ _PRICE_STEPS = (1.05, 1.2, 2.0, 10.0, 1e3)
 _PRICE_NEAR = 1.02
 _LITTLE_OVER = 1.05
 
+_CORE_GROUPS = 300
+"""Most groups of coupled pools that HiGHS gets: beyond, it takes seconds to gain nothing."""
+
 Memo = dict[bytes, tuple[Limits, Solution]]
 """Best answers of single pools and their limits, by a digest of what decides them; shared by
 related problems."""
@@ -93,7 +96,7 @@ def solve_level(
             return _infeasible(cost, use, capacity, level)
     choice = fill(cost, use, capacity, choice, prices)
     if bound < cutoff:
-        choice, bound = _closer(cost, use, capacity, choice, prices, bound, limits)
+        choice, bound = _closer(cost, use, capacity, choice, prices, bound, limits, memo)
     objective = total(cost, choice)
     return Solution("feasible", choice, objective, bound, prices, usage(use, choice), level)
 
@@ -106,6 +109,7 @@ def _closer(
     prices: FloatArray,
     bound: float,
     limits: Limits,
+    memo: Memo | None,
 ) -> tuple[IntArray, float]:
     """Close the gap between a choice and its bound, cheapest means first."""
     enough = max(limits.gap * max(bound, 0.0), limits.absolute)
@@ -116,6 +120,8 @@ def _closer(
         choice, bound = _tightened(cost, use, capacity, choice, prices, bound)
         objective = total(cost, choice)
     if limits.seconds > 0 and objective - bound > enough:
+        if len(capacity) > 1 and len(cost) > _CORE_GROUPS:
+            return _thorough_at_price(cost, use, capacity, choice, prices, bound, limits, memo)
         better, proven = solve_core(cost, use, capacity, prices, bound, choice, limits)
         bound = max(bound, min(proven, objective))
         if better is not None:
@@ -123,6 +129,33 @@ def _closer(
             if total(cost, better) < objective:
                 choice = better
     return choice, bound
+
+
+def _thorough_at_price(
+    cost: FloatArray,
+    use: FloatArray,
+    capacity: FloatArray,
+    choice: IntArray,
+    prices: FloatArray,
+    bound: float,
+    limits: Limits,
+    memo: Memo | None,
+) -> tuple[IntArray, float]:
+    """Solve the separate pools thoroughly at prices of the last: a bound of whole options."""
+    owner = _owners(cost, use[:-1])
+    if owner is None:
+        return choice, bound
+    each = replace(limits, gap=max(limits.gap, _BETTER.gap))
+    for step in (1.0, *_PRICE_STEPS[:2]):
+        price = float(prices[-1]) * step
+        priced = cost + price * use[-1]
+        found = _separately(priced, use[:-1], capacity[:-1], owner, each, 0, memo=memo)
+        bound = max(bound, found.lower_bound - price * float(capacity[-1]))
+        if found.status != "infeasible" and total(use[-1], found.choice) <= capacity[-1]:
+            full = fill(cost, use, capacity, found.choice, prices)
+            choice = min((choice, full), key=lambda c: total(cost, c))
+            break
+    return choice, min(bound, total(cost, choice))
 
 
 def _by_price(
@@ -241,6 +274,12 @@ def _tightened(
         if total(cost, whole) < total(cost, choice):
             choice = whole
     return choice, max(bound, min(tight.lower_bound, total(cost, choice)))
+
+
+def is_coupled(cost: FloatArray, use: FloatArray, capacity: FloatArray) -> bool:
+    """Whether a large problem has groups that use several limited pools."""
+    limited = np.isfinite(capacity)
+    return len(cost) > _CORE_GROUPS and _owners(cost, use[limited]) is None
 
 
 def _owners(cost: FloatArray, use: FloatArray) -> IntArray | None:

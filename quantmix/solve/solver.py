@@ -20,11 +20,15 @@ import numpy as np
 
 from quantmix.solve.bound import cheapest, lagrangian, prices_by_lp
 from quantmix.solve.exact import Limits
-from quantmix.solve.level import Memo, bound_at_price, solve_level
+from quantmix.solve.level import Memo, bound_at_price, is_coupled, solve_level
 from quantmix.solve.problem import FloatArray, Problem, Solution
 from quantmix.solve.rounding import fill
 
 _QUICK = Limits(gap=2e-3, seconds=0.0)  # which level to look at first
+
+_COUPLED_NEAR = (1e-2, 5e-3)
+"""Levels that promise less than this are not looked at where no gap is closed anyway: in a large
+problem whose pools are coupled; of a quick solve, and of a thorough one."""
 
 
 def solve(problem: Problem, limits: Limits | None = None, memo: Memo | None = None) -> Solution:
@@ -44,11 +48,14 @@ def solve(problem: Problem, limits: Limits | None = None, memo: Memo | None = No
     if limits.seconds > 0 and len(waiting) > 1:
         first = solve(problem, _QUICK, memo)
         waiting.sort(key=lambda k: problem.levels[k] != first.level)
+    near = limits.gap / 2
+    if is_coupled(problem.cost, problem.use, problem.capacities[0]):
+        near = max(near, _COUPLED_NEAR[0 if limits.seconds == 0 else 1])
     bounds = dict.fromkeys(waiting, -np.inf)
     while waiting:
         i = min(waiting, key=lambda k: (bounds[k], waiting.index(k)))
         waiting.remove(i)
-        cutoff = np.inf if best is None else best.objective * (1 - limits.gap / 2)
+        cutoff = np.inf if best is None else best.objective * (1 - near)
         if bounds[i] >= cutoff:
             lowest = min(lowest, bounds[i])
             continue
