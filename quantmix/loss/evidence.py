@@ -282,9 +282,8 @@ def typical(bpw: float, h: Hyper) -> FloatArray:
     """Return features with the damage of a usual mix of `bpw` (ln damage: fitted polynomial)."""
     w = np.zeros((features.N_GROUPS, len(features.columns())))
     bits = min(max(bpw, 1.5), 9.0)
-    w[2, features.columns()["iq4_k"]] = float(
-        np.exp(np.polynomial.polynomial.polyval(np.log(bits / 4.0), h.size_curve))
-    )
+    damage = float(np.exp(np.polynomial.polynomial.polyval(np.log(bits / 4.0), h.size_curve)))
+    w[2:5, features.columns()["iq4_k"]] = damage / 3.0
     return w
 
 

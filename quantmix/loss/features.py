@@ -4,9 +4,10 @@ Every fit and every prediction sees a mix only through its features
 
     W[g, q] = sum of share(t) over the tensors t of role group g that have type q
 
-(`N_GROUPS` × `len(columns())`). The shares come from the prior and sum to one, so W sums to one
-for a fully quantized model. Kept tensors (floats, or the type of the source) carry no damage and
-are left out.
+(`N_GROUPS` × `len(columns())`). Experts and feed-forward tensors are told apart by thirds of the
+depth: a mix that spares some layers is known less well than one that treats all alike, and says
+more about depth. The shares come from the prior and sum to one, so W sums to one for a fully
+quantized model. Kept tensors (floats, or the type of the source) carry no damage and are left out.
 """
 
 from __future__ import annotations
@@ -22,19 +23,27 @@ from quantmix.loss import curve
 from quantmix.loss.model import FloatArray
 from quantmix.models.model import Model, Tensor
 
-GROUPS: Final = ("output", "embedding", "experts", "ffn", "attention")
+_THIRDS: Final = ("early", "middle", "late")
+GROUPS: Final = (
+    "output",
+    "embedding",
+    *(f"experts, {third}" for third in _THIRDS),
+    *(f"ffn, {third}" for third in _THIRDS),
+    "attention",
+)
 N_GROUPS: Final = len(GROUPS)
 
 
-def group(role: str) -> int:
-    """Return the index in `GROUPS` of a role; recurrent (ssm) tensors count as attention."""
-    if role == "output":
+def group(tensor: Tensor, n_layer: int) -> int:
+    """Return the index in `GROUPS` of a tensor; recurrent (ssm) tensors count as attention."""
+    if tensor.role == "output":
         return 0
-    if role.startswith("token_embd"):
+    if tensor.role.startswith("token_embd"):
         return 1
-    if role.endswith("_exps"):
-        return 2
-    return 3 if role.startswith("ffn") else 4
+    if not tensor.role.startswith("ffn"):
+        return N_GROUPS - 1
+    third = min(2, 3 * (tensor.layer or 0) // max(1, n_layer))
+    return (2 if tensor.role.endswith("_exps") else 5) + third
 
 
 @cache
@@ -74,7 +83,7 @@ def of_types(model: Model, share: FloatArray, mix: Sequence[GgmlType | str | Non
         name = qtype if isinstance(qtype, str) else curve.own_name(qtype)
         column = columns().get(name)
         if column is not None and not _kept(tensor, name):
-            out[group(tensor.role), column] += weight
+            out[group(tensor, model.hparams.n_layer), column] += weight
     return out
 
 
@@ -89,7 +98,7 @@ def of_fractions(
         for name, chance in chances.items():
             column = columns().get(name)
             if column is not None and not _kept(tensor, name):
-                out[group(tensor.role), column] += weight * chance
+                out[group(tensor, model.hparams.n_layer), column] += weight * chance
     return out
 
 

@@ -89,7 +89,7 @@ class FittedModel:
                 by_group[:, j] = gains[:, column[name]]
             else:
                 by_group[:, j] = scale * curve.gain(qtype).gain
-        groups = np.array([features.group(t.role) for t in model.tensors])
+        groups = np.array([features.group(t, model.hparams.n_layer) for t in model.tensors])
         cells = self.share[:, None] * by_group[groups]
         position = {t.name: j for j, t in enumerate(types)}
         for i, tensor in enumerate(model.tensors):

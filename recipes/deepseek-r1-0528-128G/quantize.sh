@@ -14,40 +14,39 @@ THREADS=${THREADS:-$(nproc)}
 
 custom=$(cat <<'RULES'
 # Attention
-^blk\.[01]\.attn_k_b\.weight$=mxfp4
-^blk\.([2-9]|[1-5][0-9]|60)\.attn_k_b\.weight$=iq4_nl
-^blk\.0\.attn_kv_a_mqa\.weight$=iq4_ks
-^blk\.([1-6]|60)\.attn_kv_a_mqa\.weight$=iq4_k
-^blk\.(2[3-9]|3[0-9]|4[0-4])\.attn_kv_a_mqa\.weight$=iq5_k
-^blk\.([7-9]|[15][0-9]|2[0-2]|4[5-9])\.attn_kv_a_mqa\.weight$=iq5_ks
+^blk\.[0-2]\.attn_k_b\.weight$=mxfp4
+^blk\.([3-9]|[1-5][0-9]|60)\.attn_k_b\.weight$=iq4_nl
+^blk\.[01]\.attn_kv_a_mqa\.weight$=iq4_ks
+^blk\.([2-7]|59|60)\.attn_kv_a_mqa\.weight$=iq4_k
+^blk\.(2[7-9]|3[0-9])\.attn_kv_a_mqa\.weight$=iq5_k
+^blk\.([89]|[14][0-9]|2[0-6]|5[0-8])\.attn_kv_a_mqa\.weight$=iq5_ks
 ^blk\.[0-9]+\.attn_output\.weight$=iq3_kt
-^blk\.[01]\.attn_q_a\.weight$=iq3_kt
-^blk\.(1[4-9]|2[0-5]|4[1-9]|5[0-2])\.attn_q_a\.weight$=iq4_ks
-^blk\.(2[6-9]|3[0-9]|40)\.attn_q_a\.weight$=iq4_k
-^blk\.([4-9]|1[0-3]|5[3-9]|60)\.attn_q_a\.weight$=iq4_kt
-^blk\.[23]\.attn_q_a\.weight$=iq3_k
-^blk\.([0-9]|[15][0-9]|4[7-9]|60)\.attn_q_b\.weight$=iq3_kt
-^blk\.(2[0-9]|3[0-25-9]|4[0-6])\.attn_q_b\.weight$=iq3_k
-^blk\.3[34]\.attn_q_b\.weight$=iq4_kt
-^blk\.0\.attn_v_b\.weight$=iq3_k
-^blk\.(1[1-9]|[2-4][0-9]|5[0-6])\.attn_v_b\.weight$=iq4_k
-^blk\.([1-7]|59|60)\.attn_v_b\.weight$=iq4_kt
-^blk\.([89]|10|5[78])\.attn_v_b\.weight$=iq4_ks
+^blk\.[0-2]\.attn_q_a\.weight$=iq3_kt
+^blk\.(1[6-9]|2[0-8]|3[89]|4[0-9]|50)\.attn_q_a\.weight$=iq4_ks
+^blk\.([5-9]|1[0-5]|5[1-9]|60)\.attn_q_a\.weight$=iq4_kt
+^blk\.(29|3[0-7])\.attn_q_a\.weight$=iq4_k
+^blk\.[34]\.attn_q_a\.weight$=iq3_k
+^blk\.([0-9]|[15][0-9]|2[0-2]|4[5-9]|60)\.attn_q_b\.weight$=iq3_kt
+^blk\.(2[3-9]|3[0-9]|4[0-4])\.attn_q_b\.weight$=iq3_k
+^blk\.[01]\.attn_v_b\.weight$=iq3_k
+^blk\.(1[1-9]|[2-4][0-9]|5[0-5])\.attn_v_b\.weight$=iq4_k
+^blk\.([2-9]|5[89]|60)\.attn_v_b\.weight$=iq4_kt
+^blk\.(10|5[67])\.attn_v_b\.weight$=iq4_ks
 
 # Dense feed-forward
-^blk\.[0-9]+\.ffn_(down|gate|up)\.weight$=iq3_xxs
+^blk\.[0-9]+\.ffn_(down|gate|up)\.weight$=iq3_kt
 
 # Shared experts
 ^blk\.60\.ffn_(down|gate|up)_shexp\.weight$=iq6_k
-^blk\.(2[7-9]|[34][0-9]|5[0-5])\.ffn_(gate|up)_shexp\.weight$=iq4_ks
-^blk\.([3-9]|1[0-9]|2[0-6]|5[6-9])\.ffn_(gate|up)_shexp\.weight$=iq4_kt
-^blk\.(2[2-9]|[3-5][0-9])\.ffn_down_shexp\.weight$=iq4_ks
-^blk\.([3-9]|1[0-9]|2[01])\.ffn_down_shexp\.weight$=iq4_kt
+^blk\.([2-4][0-9]|5[0-7])\.ffn_(gate|up)_shexp\.weight$=iq4_ks
+^blk\.([3-9]|1[0-9]|5[89])\.ffn_(gate|up)_shexp\.weight$=iq4_kt
+^blk\.(1[6-9]|[2-5][0-9])\.ffn_down_shexp\.weight$=iq4_ks
+^blk\.([3-9]|1[0-5])\.ffn_down_shexp\.weight$=iq4_kt
 
 # Routed experts
 ^blk\.[0-9]+\.ffn_(gate|up)_exps\.weight$=iq1_s_r4
-^blk\.([3-9]|[12][0-9]|3[0-8]|5[7-9]|60)\.ffn_down_exps\.weight$=iq1_s_r4
-^blk\.(39|4[0-9]|5[0-6])\.ffn_down_exps\.weight$=iq1_kt
+^blk\.([3-9]|[1-3][0-9]|[46]0|59)\.ffn_down_exps\.weight$=iq1_s_r4
+^blk\.(4[1-9]|5[0-8])\.ffn_down_exps\.weight$=iq1_kt
 
 # Token embedding and output
 ^output\.weight$=iq4_k

@@ -14,46 +14,42 @@ THREADS=${THREADS:-$(nproc)}
 
 custom=$(cat <<'RULES'
 # Attention
-^blk\.[0-3]\.attn_k_b\.weight$=iq4_nl
-^blk\.(1[89]|[23][0-9]|4[0-8])\.attn_k_b\.weight$=q6_0
-^blk\.([4-9]|1[0-7]|49|5[0-9]|60)\.attn_k_b\.weight$=q5_0
+^blk\.[0-5]\.attn_k_b\.weight$=iq4_nl
+^blk\.(2[1-9]|3[0-9]|4[0-5])\.attn_k_b\.weight$=q6_0
+^blk\.([6-9]|[15][0-9]|[26]0|4[6-9])\.attn_k_b\.weight$=q5_0
 ^blk\.[0-3]\.attn_kv_a_mqa\.weight$=iq5_ks
-^blk\.(1[4-9]|[2-4][0-9]|5[0-2])\.attn_kv_a_mqa\.weight$=iq6_k
+^blk\.(1[57-9]|[2-4][0-9]|5[01])\.attn_kv_a_mqa\.weight$=iq6_k
+^blk\.(1[346]|5[23])\.attn_kv_a_mqa\.weight$=q6_K
 ^blk\.([4-9]|1[0-2]|5[4-9]|60)\.attn_kv_a_mqa\.weight$=iq5_k
-^blk\.[15]3\.attn_kv_a_mqa\.weight$=q6_K
-^blk\.([0-8]|59|60)\.attn_output\.weight$=iq3_kt
-^blk\.(1[1-9]|[24][0-9]|3[7-9]|5[0-6])\.attn_output\.weight$=iq4_kt
-^blk\.3[0-6]\.attn_output\.weight$=iq4_ks
-^blk\.(9|10|5[78])\.attn_output\.weight$=iq3_k
+^blk\.([0-9]|[16]0|5[7-9])\.attn_output\.weight$=iq3_kt
+^blk\.(1[12]|5[56])\.attn_output\.weight$=iq3_k
+^blk\.(1[3-9]|[2-4][0-9]|5[0-4])\.attn_output\.weight$=iq4_kt
 ^blk\.[0-3]\.attn_q_a\.weight$=iq4_ks
-^blk\.([4-7]|59|60)\.attn_q_a\.weight$=iq4_k
-^blk\.([89]|[1-4][0-9]|5[0-8])\.attn_q_a\.weight$=iq5_ks
-^blk\.0\.attn_q_b\.weight$=iq3_kt
-^blk\.[1-3]\.attn_q_b\.weight$=iq3_k
-^blk\.(1[3-9]|2[01]|4[5-9]|5[0-3])\.attn_q_b\.weight$=iq4_ks
-^blk\.(2[2-9]|3[0-9]|4[0-4])\.attn_q_b\.weight$=iq4_k
-^blk\.([4-9]|1[0-2]|5[4-9]|60)\.attn_q_b\.weight$=iq4_kt
-^blk\.[0-3]\.attn_v_b\.weight$=iq4_k
-^blk\.(1[4-9]|[2-4][0-9]|5[0-2])\.attn_v_b\.weight$=iq5_k
-^blk\.([4-9]|1[0-3]|5[3-9]|60)\.attn_v_b\.weight$=iq5_ks
+^blk\.(1[1-9]|[2-4][0-9]|5[0-6])\.attn_q_a\.weight$=iq5_ks
+^blk\.([4-9]|[16]0|5[7-9])\.attn_q_a\.weight$=iq4_k
+^blk\.[0-2]\.attn_q_b\.weight$=iq3_kt
+^blk\.(1[7-9]|2[0-4]|4[2-9]|5[01])\.attn_q_b\.weight$=iq4_ks
+^blk\.(2[5-9]|3[0-9]|4[01])\.attn_q_b\.weight$=iq4_k
+^blk\.([5-9]|1[0-6]|5[2-9]|60)\.attn_q_b\.weight$=iq4_kt
+^blk\.[34]\.attn_q_b\.weight$=iq3_k
+^blk\.[0-5]\.attn_v_b\.weight$=iq4_k
+^blk\.(1[6-9]|[2-4][0-9]|5[0-2])\.attn_v_b\.weight$=iq5_k
+^blk\.([6-9]|1[0-5]|5[3-9]|60)\.attn_v_b\.weight$=iq5_ks
 
 # Dense feed-forward
 ^blk\.[0-9]+\.ffn_(down|gate|up)\.weight$=iq3_kt
 
 # Shared experts
+^blk\.([3-9]|[1-5][0-9])\.ffn_(down|gate|up)_shexp\.weight$=iq5_ks
 ^blk\.60\.ffn_(down|gate|up)_shexp\.weight$=q8_0
-^blk\.3\.ffn_(gate|up)_shexp\.weight$=iq4_k
-^blk\.([4-9]|[1-5][0-9])\.ffn_(gate|up)_shexp\.weight$=iq5_ks
-^blk\.([3-9]|[1-4][0-9]|5[1-9])\.ffn_down_shexp\.weight$=iq5_ks
-^blk\.50\.ffn_down_shexp\.weight$=iq5_k
 
 # Routed experts
-^blk\.[3-9]\.ffn_(gate|up)_exps\.weight$=iq1_s_r4
-^blk\.(3[2-9]|[45][0-9]|60)\.ffn_(gate|up)_exps\.weight$=iq2_kt
-^blk\.([12][0-9]|3[01])\.ffn_(gate|up)_exps\.weight$=iq1_kt
+^blk\.(1[2-9]|2[0-9])\.ffn_(gate|up)_exps\.weight$=iq1_kt
+^blk\.([3-9]|1[01])\.ffn_(gate|up)_exps\.weight$=iq1_s_r4
+^blk\.([3-5][0-9]|60)\.ffn_(gate|up)_exps\.weight$=iq2_kt
 ^blk\.(2[6-9]|[3-5][0-9]|60)\.ffn_down_exps\.weight$=iq2_kt
-^blk\.[3-7]\.ffn_down_exps\.weight$=iq1_s_r4
-^blk\.([89]|1[0-9]|2[0-5])\.ffn_down_exps\.weight$=iq1_kt
+^blk\.[3-8]\.ffn_down_exps\.weight$=iq1_s_r4
+^blk\.(9|1[0-9]|2[0-5])\.ffn_down_exps\.weight$=iq1_kt
 
 # Token embedding and output
 ^output\.weight$=iq5_k

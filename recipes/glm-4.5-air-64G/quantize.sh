@@ -32,14 +32,14 @@ custom=$(cat <<'RULES'
 # Routed experts
 ^blk\.46\.ffn_(down|gate|up)_exps\.weight$=q4_0
 ^blk\.([1-9]|10)\.ffn_(gate|up)_exps\.weight$=iq3_k
-^blk\.(1[1-9]|2[0-2])\.ffn_(gate|up)_exps\.weight$=iq4_kt
-^blk\.(2[3-9]|30)\.ffn_(gate|up)_exps\.weight$=iq4_ks
+^blk\.(1[1-9]|2[0-4])\.ffn_(gate|up)_exps\.weight$=iq4_kt
+^blk\.(2[5-9]|30)\.ffn_(gate|up)_exps\.weight$=iq4_ks
 ^blk\.3[1-5]\.ffn_(gate|up)_exps\.weight$=iq4_k
 ^blk\.(3[6-9]|4[0-4])\.ffn_(gate|up)_exps\.weight$=iq5_ks
 ^blk\.45\.ffn_(gate|up)_exps\.weight$=iq5_k
 ^blk\.([1-9]|[12][0-9]|3[01])\.ffn_down_exps\.weight$=iq4_nl
-^blk\.(3[2-9]|4[01])\.ffn_down_exps\.weight$=q5_0
-^blk\.4[2-5]\.ffn_down_exps\.weight$=q6_0
+^blk\.(3[2-9]|40)\.ffn_down_exps\.weight$=q5_0
+^blk\.4[1-5]\.ffn_down_exps\.weight$=q6_0
 
 # Multi-token prediction
 ^blk\.[0-9]+\.(nextn\.eh_proj|nextn\.embed_tokens|nextn\.shared_head_head)\.weight$=q4_0

@@ -14,15 +14,16 @@ THREADS=${THREADS:-$(nproc)}
 
 custom=$(cat <<'RULES'
 # Attention
-^blk\.[0-9]+\.attn_(k_b|kv_a_mqa|q_a|v_b)\.weight$=q8_0
-^blk\.([0-7]|5[89]|60)\.attn_output\.weight$=iq6_k
-^blk\.([89]|[1-4][0-9]|5[0-7])\.attn_output\.weight$=q8_0
-^blk\.0\.attn_q_b\.weight$=iq6_k
-^blk\.([1-9]|[1-5][0-9]|60)\.attn_q_b\.weight$=q8_0
+^blk\.[0-9]+\.attn_(k_b|kv_a_mqa|v_b)\.weight$=q8_0
+^blk\.([0-6]|60)\.attn_output\.weight$=iq6_k
+^blk\.([7-9]|[1-5][0-9])\.attn_output\.weight$=q8_0
+^blk\.0\.attn_q_a\.weight$=iq6_k
+^blk\.([1-9]|[1-5][0-9]|60)\.attn_q_a\.weight$=q8_0
+^blk\.[01]\.attn_q_b\.weight$=iq6_k
+^blk\.([2-9]|[1-5][0-9]|60)\.attn_q_b\.weight$=q8_0
 
 # Dense feed-forward
-^blk\.[0-9]+\.ffn_(gate|up)\.weight$=q6_K
-^blk\.[0-9]+\.ffn_down\.weight$=iq5_k
+^blk\.[0-9]+\.ffn_(down|gate|up)\.weight$=iq5_k
 
 # Shared experts
 ^blk\.[0-9]+\.ffn_(down|gate|up)_shexp\.weight$=q8_0

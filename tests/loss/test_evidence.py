@@ -10,7 +10,7 @@ import pytest
 
 from quantmix.errors import BadFile, UsageError
 from quantmix.ggml.types import get
-from quantmix.loss import evidence, load, prior
+from quantmix.loss import evidence, features, load, prior
 from quantmix.models.catalog import catalog
 from quantmix.models.model import Model
 from quantmix.store import Measurement
@@ -61,6 +61,28 @@ def test_features_of_exact_rows_sum_to_one() -> None:
     for row in bench.rows:
         if row.exact:
             assert np.isclose(row.w.sum(), 1.0)
+
+
+def test_experts_and_feed_forward_are_told_apart_by_depth(r1: Model) -> None:
+    """A mix that spares the late experts has other features than one that spares the early ones."""
+    share = prior.shares(r1)
+    early, late = (
+        features.of_types(
+            r1,
+            share,
+            [
+                "iq2_k" if t.role.endswith("_exps") and ((t.layer or 0) < 30) == low else "q8_0"
+                for t in r1.tensors
+            ],
+        )
+        for low in (True, False)
+    )
+    column = features.columns()["iq2_k"]
+    at = {g: i for i, g in enumerate(features.GROUPS)}
+    assert early[at["experts, early"], column] > 0.0
+    assert early[at["experts, late"], column] == 0.0
+    assert late[at["experts, early"], column] == 0.0
+    assert late[at["experts, late"], column] > 0.0
 
 
 def test_published_mixes_nearest_in_size_carry_their_source() -> None:
