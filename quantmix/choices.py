@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from quantmix.emit.flags import is_movable
+from quantmix.emit.simulate import Homes, default_home
 from quantmix.errors import UsageError
 from quantmix.memory.model import HOST, DeviceMemory, Placement
 from quantmix.models.model import Model
@@ -153,20 +155,15 @@ def tensor_homes(model: Model, placement: Placement) -> NDArray[np.int64]:
     The input embedding stays in RAM; what lies outside the blocks otherwise goes with the output
     (DESIGN §4.5).
     """
-    homes = np.full(len(model.tensors), HOST, dtype=np.int64)
-    for i, t in enumerate(model.tensors):
-        if t.layer is not None:
-            last = len(placement.layer_device) - 1
-            homes[i] = placement.layer_device[min(t.layer, last)]
-        elif t.role not in ("token_embd", "per_layer_token_embd"):
-            homes[i] = placement.output_device
-    return homes
+    homes = Homes(placement.layer_device, placement.output_device)
+    return np.array([default_home(t, homes) for t in model.tensors], dtype=np.int64)
 
 
 def in_ram(model: Model, placement: Placement) -> NDArray[np.bool_]:
     """Return (T,) whether a tensor is among the experts that the placement puts into RAM."""
-    roles = movable_roles(model)
-    return np.array([t.role in roles and t.layer in placement.cpu_experts for t in model.tensors])
+    return np.array(
+        [t.layer in placement.cpu_experts and is_movable(model, t) for t in model.tensors]
+    )
 
 
 def to_problem(

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from quantmix.assemble import assemble, header_allowance
 from quantmix.budget import Budget
 from quantmix.emit.flags import offload
-from quantmix.errors import InfeasibleBudget
+from quantmix.emit.simulate import planned
+from quantmix.errors import CheckFailed, InfeasibleBudget
 from quantmix.filesize import plan_in_file
 from quantmix.ggml.types import GgmlType
 from quantmix.loss.model import LossModel
@@ -215,6 +216,7 @@ def _assemble(
     if budget.rig is not None and placement is not None:
         by_name = {t.name: t.bytes for t in tensors}
         flags = offload(model, settings, budget.rig, placement, by_name)
+        _require_same_homes(model, settings, budget.rig, placement, tensors)
     recipe = assemble(
         model,
         settings,
@@ -236,6 +238,25 @@ def _assemble(
         budget.rig,
         answer.cpu_expert_bytes,
     )
+
+
+def _require_same_homes(
+    model: Model,
+    settings: Settings,
+    rig: Rig,
+    placement: Placement,
+    tensors: tuple[PlannedTensor, ...],
+) -> None:
+    """Require that every tensor's bytes were counted where the flags put it.
+
+    Raises:
+        CheckFailed: names the first tensor that differs.
+    """
+    wanted = planned(model, placement, rig, mtp=settings.mtp)
+    for t in tensors:
+        device = wanted.get(t.name, t.device)
+        if device != t.device:
+            raise CheckFailed(f"{t.name} was counted on {t.device}, the flags put it on {device}")
 
 
 def _mix(palette: Palette, columns: NDArray[np.int64]) -> list[GgmlType | None]:

@@ -110,3 +110,36 @@ def test_the_relaxed_optimum_is_near() -> None:
 def test_many_cards_with_ram_are_searched_quickly(gpus: str, ram: str, engine: str) -> None:
     """Seven and sixteen cards take seconds of CPU, also on a busy machine."""
     assert made(gpus, ram, engine)[3] < 8.0
+
+
+@pytest.mark.parametrize("engine", ["ik", "mainline"])
+@pytest.mark.parametrize(
+    ("gpus", "ram", "name"),
+    [
+        ("1x24G", "64G", "llama-3.3-70b-instruct"),
+        ("2x16G", "48G", "llama-3.3-70b-instruct"),
+        ("1x24G", "64G", "gpt-oss-120b"),
+        ("1x16G,1x12G", "96G", "gemma-3-27b-it"),
+    ],
+)
+def test_bytes_are_counted_where_the_flags_put_them(
+    gpus: str, ram: str, name: str, engine: str
+) -> None:
+    """Dense feed-forward layers, biases of experts and tied heads: replayed flags fill no more."""
+    from quantmix.design import Options, run
+    from quantmix.emit.flags import OffloadFlags
+    from quantmix.emit.simulate import replay
+
+    model = qm.load_model(name)
+    budget = Budget.from_gpus(gpus, ram=ram, engine=engine)
+    assert budget.rig is not None
+    made_here = run(model, budget, Options()).recipe
+    flags = OffloadFlags(made_here.offload["flags"], made_here.offload["env"])
+    sizes = {t.name: t.bytes for t in made_here.tensors}
+    where = replay(flags, model, budget.settings, budget.rig, sizes)
+    assert where == {t.name: t.device for t in made_here.tensors if t.name in where}
+    for use in made_here.devices:
+        if use.kind == "gpu":
+            there = sum(sizes[n] for n, d in where.items() if d == use.name)
+            assert there <= use.weights_bytes
+            assert use.used_bytes <= (use.capacity_bytes or 0)

@@ -11,9 +11,10 @@ from quantmix.errors import UsageError
 from quantmix.memory import kv
 from quantmix.memory.model import HOST, Placement
 from quantmix.memory.settings import Settings
-from quantmix.models.model import Model
+from quantmix.models.model import Model, Tensor
 from quantmix.rig.device import Rig
 
+_DENSE_FFN: Final = ("ffn_up", "ffn_gate", "ffn_down")
 _EXPERT_WORDS: Final = ("up", "down", "gate", "gate_up")  # as people write them
 
 
@@ -103,22 +104,32 @@ def environment(rig: Rig, plan: SplitPlan) -> dict[str, str]:
     }
 
 
-def expert_override(model: Model, placement: Placement, settings: Settings) -> list[str]:
-    """`-ot` for the routed experts that stay in RAM although their block is on a GPU.
+def is_movable(model: Model, t: Tensor) -> bool:
+    """Whether it lies in RAM when its layer is one of `Placement.cpu_experts`.
 
-    Empty when there are none; `exps=CPU` when there are no others; else one anchored pattern.
+    Routed experts with their biases; in a model without experts the feed-forward matrices.
+    """
+    if model.hparams.is_moe:
+        return "exps" in t.role
+    return t.role.split(".")[0] in _DENSE_FFN
+
+
+def expert_override(model: Model, placement: Placement, settings: Settings) -> list[str]:
+    """`-ot` for what stays in RAM although its block is on a GPU (`is_movable`).
+
+    Empty when there is nothing; `exps=CPU` when all experts are; else one anchored pattern.
     """
     n = kv.n_blocks(model)
     roles: dict[int, set[str]] = {}
     for t in model.tensors:
-        if t.layer is not None and "exps" in t.role and (t.loaded or settings.mtp):
+        if t.layer is not None and is_movable(model, t) and (t.loaded or settings.mtp):
             roles.setdefault(t.layer, set()).add(t.role)
     homes = placement.layer_device
     on_gpu = {i for i in roles if i >= len(homes) or homes[i] != HOST}
     in_ram = on_gpu & placement.cpu_experts
     if not in_ram:
         return []
-    if in_ram == on_gpu:
+    if in_ram == on_gpu and model.hparams.is_moe:
         return ["-ot", "exps=CPU"]
     free = set(range(n)) - on_gpu
     choices = [in_ram, in_ram | free]
@@ -126,7 +137,14 @@ def expert_override(model: Model, placement: Placement, settings: Settings) -> l
         choices += [c | set(range(max(on_gpu) + 1, 100)) for c in choices]
     layers = min((int_group(c) for c in choices), key=len)
     names = {r for i in in_ram for r in roles[i]}
-    return ["-ot", rf"blk\.{layers}\.{_expert_names(names)}=CPU"]
+    pattern = _expert_names(names) if model.hparams.is_moe else _dense_names(names)
+    return ["-ot", rf"blk\.{layers}\.{pattern}=CPU"]
+
+
+def _dense_names(names: set[str]) -> str:
+    """Pattern for the feed-forward matrices of a layer, biases included: `ffn_(up|down)`."""
+    words = {n.split(".")[0].removeprefix("ffn_") for n in names}
+    return rf"ffn_{word_group([w for w in _EXPERT_WORDS if w in words])}\."
 
 
 def _expert_names(names: set[str]) -> str:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from quantmix.emit.cmdline import CommandLine, parse
-from quantmix.emit.flags import OffloadFlags
+from quantmix.emit.flags import OffloadFlags, is_movable
 from quantmix.emit.layers import by_bytes, by_count, split_sizes, splits_bytes
 from quantmix.errors import CheckFailed, UsageError
 from quantmix.memory import kv
@@ -83,7 +83,7 @@ def planned(model: Model, placement: Placement, rig: Rig, *, mtp: bool = False) 
         if not t.loaded and not mtp:
             continue
         home = default_home(t, homes)
-        if is_expert(t) and t.layer in placement.cpu_experts:
+        if is_movable(model, t) and t.layer in placement.cpu_experts:
             home = HOST
         devices[t.name] = rig.gpus[home].name if home != HOST else CPU
     return devices

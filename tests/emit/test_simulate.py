@@ -56,8 +56,23 @@ def test_replayed_flags_are_the_plan(name: str, rig: str, engine: tuple[str, str
         model, sizes = model_of(name), sizes_of(name, "q4_0")
         flags = offload(model, setup, machine, placement, sizes)
         assert replay(flags, model, setup, machine, sizes) == planned(model, placement, machine)
-        if not placement.cpu_experts or not model.hparams.is_moe:
+        if not placement.cpu_experts:
             assert "-ot" not in flags.flags
+
+
+@pytest.mark.parametrize("engine", ENGINES, ids=lambda e: "-".join(e))
+def test_dense_layers_leave_their_feed_forward_in_ram(engine: tuple[str, str]) -> None:
+    """In a model without experts `cpu_experts` means the FFN matrices, and nothing else moves."""
+    model = model_of("llama-3.1-70b-instruct")
+    placement = Placement((0,) * 80, 0, frozenset(range(70, 80)))
+    setup = Settings(engine=engine[0], build=engine[1])  # type: ignore[arg-type]
+    sizes = sizes_of("llama-3.1-70b-instruct", "q4_0")
+    machine = make_rig(24)
+    where = replay(offload(model, setup, machine, placement, sizes), model, setup, machine, sizes)
+    moved = {t.name for t in model.tensors if t.layer is not None and where[t.name] == "CPU"}
+    assert moved == {
+        f"blk.{i}.ffn_{w}.weight" for i in range(70, 80) for w in ("up", "gate", "down")
+    }
 
 
 @settings(max_examples=40, deadline=None)
