@@ -94,6 +94,7 @@ def build_choices(
     *,
     movable: bool = False,
     tie_dense: bool = True,
+    kept_seconds: FloatArray | None = None,
 ) -> Choices:
     """Return all groups with their options.
 
@@ -103,6 +104,7 @@ def build_choices(
         tie_dense: up and gate share a type outside the experts too.
         memory: from the memory model, GPUs in order, then the host.
         seconds: (D, T, Q) time per token of a tensor at a type on a device.
+        kept_seconds: (D, T) the same for tensors that stay as in the source; none means 0.
 
     Raises:
         UsageError: a tensor has no type that its device can run.
@@ -134,6 +136,8 @@ def build_choices(
             if not kept:
                 rows_damage += palette.damage[member, columns]
                 rows_time += seconds[group.homes, member, columns]
+            elif kept_seconds is not None:
+                rows_time += kept_seconds[group.homes, member]
             tensor = model.tensors[member]
             if tensor.loaded:
                 use[group.homes, g, options] += n_bytes

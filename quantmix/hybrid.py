@@ -25,6 +25,7 @@ from quantmix.solve.solver import Limits, Relaxed, relax, relaxed_at_price, solv
 _HOST_LAYER_TRIES = 6
 _PRICE_RANGE = (1.0, 1.5, 2.5, 5.0)  # of the price of damage, to compare placements
 _FAST_LEVELS = 2  # levels of z that stage 2 solves: the most promising
+_COUPLED_TRIES = 3
 _SLACK_FOR_ROUNDING = 0.2  # share of the quality slack
 _WORTH_ROUNDING_UP = 0.2  # of a layer; below it one more layer will not fit
 _SPEED = Limits(gap=5e-3, seconds=0.0)  # of seconds per token, far below what is predictable
@@ -88,7 +89,9 @@ class HybridSearch(Search):
             return best
         prices = [float(relaxed.prices[-1]) * x for x in _PRICE_RANGE]
         cost = self._cost(best, prices)
-        for gpu in sorted(range(len(wanted)), key=lambda g: keep[g] - wanted[g]):
+        order = sorted(range(len(wanted)), key=lambda g: keep[g] - wanted[g])
+        # With a speed to reach every try couples all pools and costs ten times as much.
+        for gpu in order if self.timing.min_tps is None else order[:_COUPLED_TRIES]:
             if wanted[gpu] - keep[gpu] < _WORTH_ROUNDING_UP:
                 break
             more = [k + (g == gpu) for g, k in enumerate(keep)]

@@ -104,7 +104,13 @@ class Search:
         self, placement: Placement, memory: Sequence[DeviceMemory], *, movable: bool = False
     ) -> Choices:
         return build_choices(
-            self.model, self.palette, placement, memory, self.timing.cells, movable=movable
+            self.model,
+            self.palette,
+            placement,
+            memory,
+            self.timing.cells,
+            movable=movable,
+            kept_seconds=self.timing.kept,
         )
 
     def _capacities(

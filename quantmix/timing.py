@@ -11,7 +11,7 @@ import numpy as np
 from quantmix.ggml import types as ggml
 from quantmix.ggml.types import GgmlType
 from quantmix.loss.model import FloatArray
-from quantmix.memory.model import HOST, Placement
+from quantmix.memory.model import Placement
 from quantmix.memory.settings import Settings
 from quantmix.models.model import Model
 from quantmix.palette import Palette
@@ -29,6 +29,7 @@ class Timing:
 
     Attributes:
         cells: (D, T, Q) seconds per token of each tensor at each type on each device.
+        kept: (D, T) the same for tensors that stay as they are in the source, 0 for the others.
         min_tps: tokens per second that must be reached, or None.
     """
 
@@ -37,36 +38,19 @@ class Timing:
     rig: Rig
     settings: Settings
     cells: FloatArray
+    kept: FloatArray
     min_tps: float | None = None
 
     def allowed(self, placement: Placement) -> float | None:
-        """Return the seconds per token that quantized weights may take to reach `min_tps`."""
+        """Return the seconds per token that weights may take to reach `min_tps`."""
         if self.min_tps is None:
             return None
         fixed = speed.fixed_seconds(self.model, self.settings, self.rig, placement)
-        return 1.0 / self.min_tps - fixed - self._kept_seconds(placement)
+        return 1.0 / self.min_tps - fixed
 
     def predict(self, plan: Plan, mix: Sequence[GgmlType | None]) -> Speed:
         """Return tokens per second of a plan with its band; unknown rigs give None."""
         return speed.predict(self.model, self.settings, self.rig, plan.placement, mix)
-
-    def _kept_seconds(self, placement: Placement) -> float:
-        """Seconds for tensors that stay as they are in the source."""
-        kept = [i for i, n in enumerate(self.palette.kept_bytes) if n]
-        if not kept:
-            return 0.0
-        names = sorted({self.model.tensors[i].source_type for i in kept})
-        sources = [ggml.get(n, self.settings.engine) for n in names]
-        each = speed.cell_seconds(self.model, sources, self.rig)
-        last = len(placement.layer_device) - 1
-        total = 0.0
-        for i in kept:
-            t = self.model.tensors[i]
-            home = placement.output_device
-            if t.layer is not None:
-                home = placement.layer_device[min(t.layer, last)]
-            total += float(each[home if home != HOST else -1, i, names.index(t.source_type)])
-        return total
 
 
 def of(
@@ -74,4 +58,18 @@ def of(
 ) -> Timing:
     """Return the timing of a design on a rig."""
     cells = np.asarray(speed.cell_seconds(model, palette.types, rig))
-    return Timing(model, palette, rig, settings, cells, min_tps)
+    return Timing(
+        model, palette, rig, settings, cells, _kept_seconds(model, palette, rig, settings), min_tps
+    )
+
+
+def _kept_seconds(model: Model, palette: Palette, rig: Rig, settings: Settings) -> FloatArray:
+    """Seconds per token on each device, (D, T), of tensors that stay as in the source."""
+    seconds = np.zeros((len(rig.devices), len(model.tensors)))
+    kept = [i for i, n in enumerate(palette.kept_bytes) if n]
+    if kept:
+        names = sorted({model.tensors[i].source_type for i in kept})
+        each = speed.cell_seconds(model, [ggml.get(n, settings.engine) for n in names], rig)
+        for i in kept:
+            seconds[:, i] = each[:, i, names.index(model.tensors[i].source_type)]
+    return seconds

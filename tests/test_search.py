@@ -143,3 +143,11 @@ def test_bytes_are_counted_where_the_flags_put_them(
             there = sum(sizes[n] for n, d in where.items() if d == use.name)
             assert there <= use.weights_bytes
             assert use.used_bytes <= (use.capacity_bytes or 0)
+
+
+@pytest.mark.parametrize("engine", ["ik", "mainline"])
+def test_experts_that_stay_as_they_are_use_the_gpu_too(engine: str) -> None:
+    """gpt-oss comes quantized: what is left of 24 GiB holds whole layers of its experts."""
+    plan = made("1x24G", "64G", engine, None, "gpt-oss-120b")[0]
+    on_gpu = 36 - len(plan.placement.cpu_experts)
+    assert on_gpu >= 10
