@@ -90,7 +90,11 @@ class Quality:
 
 @dataclass(frozen=True, slots=True)
 class Optimality:
-    """How good the answer is, proven: objective, lower bound, prices in nats per GiB."""
+    """How good the answer is, proven: objective, lower bound, prices in nats per GiB.
+
+    `gap` is that of stage 1, least damage. `given_for_speed` is what stage 2 then spent of the
+    quality slack, in nats, so `objective − given_for_speed` is what the gap is about.
+    """
 
     status: str
     objective: float
@@ -98,6 +102,7 @@ class Optimality:
     gap: float
     constraints: tuple[str, ...] = ()
     prices: dict[str, float] = field(default_factory=dict)
+    given_for_speed: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -102,12 +102,6 @@ class Answer:
         ]
 
     @property
-    def speed_stage(self) -> bool:
-        """Whether stage 2 traded damage for speed within the quality slack."""
-        solution = self.design.solution
-        return self.recipe.quality.damage > solution.objective * (1 + 1e-9)
-
-    @property
     def recipe(self) -> Recipe:
         """The recipe that was written."""
         return self.design.recipe

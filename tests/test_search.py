@@ -151,3 +151,15 @@ def test_experts_that_stay_as_they_are_use_the_gpu_too(engine: str) -> None:
     plan = made("1x24G", "64G", engine, None, "gpt-oss-120b")[0]
     on_gpu = 36 - len(plan.placement.cpu_experts)
     assert on_gpu >= 10
+
+
+def test_the_gap_is_that_of_least_damage() -> None:
+    """With RAM the proof is about stage 1; what stage 2 gives for speed is told apart."""
+    from quantmix.design import Options, design
+
+    budget = Budget.from_gpus("1x24G", ram="128G")
+    o = design(qm.load_model("glm-4.5-air"), budget, options=Options()).optimality
+    assert 0 <= o.gap < 5e-3
+    assert o.given_for_speed > 1e-4
+    before = o.objective - o.given_for_speed
+    assert o.gap == pytest.approx((before - o.lower_bound) / before, abs=1e-9)

@@ -89,10 +89,14 @@ def _print_memory(console: Console, devices: tuple[DeviceUse, ...]) -> None:
 
 def _print_proof(console: Console, answer: Answer) -> None:
     o = answer.recipe.optimality
-    spent = ": the difference buys speed (--quality-slack)" if answer.speed_stage else ""
+    spent = (
+        f" {o.given_for_speed:.5f} of it given for speed (--quality-slack);"
+        if o.given_for_speed
+        else ""
+    )
     console.print(
-        f"[bold]Proof[/bold]  damage {o.objective:.5f} nats, no mix below {o.lower_bound:.5f}"
-        f"{spent} (gap {o.gap:.1e}, {answer.solve_seconds:.2f} s)"
+        f"[bold]Proof[/bold]  damage {o.objective:.5f} nats;{spent} no mix below "
+        f"{o.lower_bound:.5f} (gap {o.gap:.1e}, {answer.solve_seconds:.2f} s)"
     )
     for constraint in o.constraints:
         console.print(f"  [dim]{constraint}[/dim]")

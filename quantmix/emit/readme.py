@@ -97,6 +97,8 @@ def _engine_name(recipe: Recipe) -> str:
 def _proof(recipe: Recipe) -> str:
     o = recipe.optimality
     gap = f"within {o.gap:.1e} of the proven bound"
+    if o.given_for_speed:
+        gap += f" before {o.given_for_speed:.5f} nats were given for speed"
     check = recipe.check or {}
     if not check.get("engine"):
         return f"{gap}; not checked by an engine"

@@ -37,7 +37,8 @@ from quantmix.texts import text
 # Stock preset: bounds of ours/stock, same imatrix and without head entry (issue 3).
 BOUNDS = {"IQ3_XXS": (0.78, 0.72), "IQ3_M": (0.60, 0.56), "Q4_K_M": (0.79, 0.74)}
 # Types with coarse and with fine activations, so that both floors are measured.
-ROLE_TYPES = ["iq2_ks", "iq3_ks", "iq4_ks", "iq5_ks", "iq6_k", "q4_K", "q5_K", "q6_K"]
+ROLE_TYPES = ["iq2_ks", "iq3_ks", "iq4_ks", "iq4_k", "iq5_ks", "iq6_k"]
+ROLE_TYPES += ["q4_K", "q5_K", "q6_0", "q6_K"]
 BAND_TYPE = "iq3_ks"
 BANDS = 6
 # Types of the designs: of the default palette, those that are written in seconds and keep sense.
