@@ -192,6 +192,17 @@ def test_errors_rank_types_without_a_model_run(model: Path) -> None:
     assert all(by[t, "q6_K"] < by[t, "q4_K"] / 4 for t, _ in by)
 
 
+def test_sampled_errors_are_near_those_of_whole_roles(model: Path) -> None:
+    """One layer of each role: types keep their order and ratio to a few percent of the whole."""
+    kinds = ["q4_K", "iq4_ks", "q6_K"]
+    whole = {(e.tensor, e.type): e.err for e in measure.tensor_errors(model, None, kinds)}
+    sample = measure.tensor_errors(model, None, kinds, layers=1)
+    assert len(sample) == 8 * 3
+    assert all(e.err == pytest.approx(whole[e.tensor, e.type], rel=1e-6) for e in sample)
+    few = measure.tensor_errors(model, None, ["q4_K"], layers=5)
+    assert {e.tensor for e in few} == {t for t, _ in whole}
+
+
 def test_a_quantized_source_is_refused(model: Path, words: Path, tmp_path: Path) -> None:
     """Sensitivities are measured on an unquantized model."""
     from mixes import mix_of, recipe_of

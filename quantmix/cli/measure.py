@@ -51,6 +51,12 @@ def measure(
     errors: Annotated[
         bool, typer.Option("--errors", help="Also the quantization error of every tensor.")
     ] = False,
+    error_types: Annotated[
+        str,
+        typer.Option(
+            help="Types to place without probes, by their quantization error on two layers a role."
+        ),
+    ] = "",
     as_json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
@@ -95,6 +101,20 @@ def measure(
         with bar(screen, "quantizing", "job") as tick:
             found = work.tensor_errors(source, imatrix, asked, threads=threads, on_event=tick)
         results = replace(results, errors=found)
+        measurements.save(results, out)
+    more = [t.strip() for t in error_types.split(",") if t.strip()]
+    if more and not {e.type for e in results.errors} >= {*more, *asked}:
+        with bar(screen, "quantizing", "job") as tick:
+            found = work.tensor_errors(
+                source,
+                imatrix,
+                list(dict.fromkeys([*asked, *more])),
+                layers=2,
+                threads=threads,
+                on_event=tick,
+            )
+        known = {(e.tensor, e.type): e for e in (*found, *results.errors)}
+        results = replace(results, errors=tuple(known.values()))
         measurements.save(results, out)
     if as_json:
         print_json(_document(results, out))

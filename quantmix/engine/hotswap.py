@@ -77,9 +77,7 @@ class Quantizer:
                 packaged engine does not know the type.
         """
         info = self._weights.tensors[name][0]
-        kind = types.resolve(asked, name, info.shape)
-        if (self._lib.ggml_type_name(kind.id) or b"").decode() != kind.name:
-            raise UsageError(f"{native.engine_id().build} does not know {kind.name}: leave it out")
+        kind = self._known(asked, name, info.shape)
         key = (name, kind.name)
         if key in self._cache:
             self._cache.move_to_end(key)
@@ -103,7 +101,27 @@ class Quantizer:
             return None
         return np.ascontiguousarray(fitting.means())
 
-    def _quantize(self, name: str, kind: GgmlType, means: Floats | None) -> QuantizedTensor:
+    def sample_error(self, name: str, asked: str, max_rows: int) -> float:
+        """Return the weighted relative error of evenly spread rows of `name` as `asked`.
+
+        Raises:
+            UsageError: as `quantize`.
+        """
+        info = self._weights.tensors[name][0]
+        kind = self._known(asked, name, info.shape)
+        return self._quantize(name, kind, self._means(name, info.shape, kind), max_rows).error
+
+    def _known(self, asked: str, name: str, shape: tuple[int, ...]) -> GgmlType:
+        """Return the type that is written, sure to be one of the packaged engine's."""
+        kind = types.resolve(asked, name, shape)
+        if (self._lib.ggml_type_name(kind.id) or b"").decode() != kind.name:
+            raise UsageError(f"{native.engine_id().build} does not know {kind.name}: leave it out")
+        return kind
+
+    def _quantize(
+        self, name: str, kind: GgmlType, means: Floats | None, max_rows: int | None = None
+    ) -> QuantizedTensor:
+        """Quantize all rows, or only slices of about `max_rows` (the other bytes are not set)."""
         x = self.source(name)
         n_rows, ncols = x.shape
         row_bytes = kind.row_bytes(ncols)
@@ -133,6 +151,8 @@ class Quantizer:
         starts = [
             mat * per_mat + i for mat in range(n_mats) for i in range(0, per_mat, _SLICE_ROWS)
         ]
+        if max_rows is not None:
+            starts = starts[:: max(1, len(starts) * _SLICE_ROWS // max_rows)]
         sums = np.array(list(self._pool.map(work, starts)))
         lost, total = sums.sum(axis=0)
         return QuantizedTensor(kind, data, float(lost / total) if total else 0.0)

@@ -105,12 +105,19 @@ def _probe(
 
 
 def errors_task(request: dict[str, Any], emit: Emit) -> dict[str, Any]:
-    """Quantize every (tensor, type) of `jobs`; return rows (tensor, type, error)."""
+    """Quantize every (tensor, type) of `jobs`; return rows (tensor, type, error).
+
+    With `max_rows` only about so many rows of each tensor.
+    """
     weights = open_weights(request["source"])
     matrix = imatrices.read(request["imatrix"]) if request["imatrix"] else None
     quantizer = Quantizer(weights, matrix, request["threads"] or default_threads())
     rows = []
     for i, (name, asked) in enumerate(request["jobs"]):
-        rows.append([name, asked, quantizer.quantize(name, asked).error])
+        if request["max_rows"]:
+            error = quantizer.sample_error(name, asked, request["max_rows"])
+        else:
+            error = quantizer.quantize(name, asked).error
+        rows.append([name, asked, error])
         emit({"job": i + 1, "of": len(request["jobs"]), "tensor": name, "type": asked})
     return {"errors": rows}

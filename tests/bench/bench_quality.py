@@ -1,6 +1,6 @@
 """Do designs beat stock files of equal size? (issue 3, criterion 6)
 
-    python tests/bench/bench_quality.py WORKDIR [--measured FILE]
+    python tests/bench/bench_quality.py WORKDIR [--measured FILE] [--test FILE]
 
 On the dithered 768-wide SmolLM2: an imatrix from `imatrix.txt`, sensitivities measured on
 `probe.txt`, designs at the file sizes of stock IQ3_XXS, IQ3_M and Q4_K_M (never larger), all files
@@ -8,13 +8,14 @@ really quantized and scored once on `test.txt`, which nothing was chosen by. Eac
 in two kinds: with the same imatrix, and with that imatrix less its head entry, as published files
 are. Ratios of mean KLD are paired per token; their 95% bound comes from a bootstrap over chunks,
 since tokens of a chunk are not independent. Everything is kept in WORKDIR and continued from there.
-`--measured` takes an existing results file instead of measuring.
+`--measured` takes an existing results file instead of measuring, `--test` another text to judge by.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +39,13 @@ from quantmix.texts import text
 BOUNDS = {"IQ3_XXS": (0.78, 0.72), "IQ3_M": (0.60, 0.56), "Q4_K_M": (0.79, 0.74)}
 # Types with coarse and with fine activations, so that both floors are measured.
 ROLE_TYPES = ["iq2_ks", "iq3_ks", "iq4_ks", "iq4_k", "iq5_ks", "iq6_k"]
-ROLE_TYPES += ["q4_K", "q5_K", "q6_0", "q6_K"]
+ROLE_TYPES += ["q4_K", "q5_K", "q6_0", "q6_K", "iq3_kt", "iq4_kt"]
 BAND_TYPE = "iq3_ks"
 BANDS = 6
-# Types of the designs: of the default palette, those that are written in seconds and keep sense.
+# Types of the designs: of the default palette, those that are written within a minute here.
 PALETTE = (
     "q4_0 q5_0 q8_0 q3_K q4_K q5_K q6_K q6_0 iq4_nl iq4_xs iq2_k iq3_k iq4_k iq5_k iq6_k iq2_ks "
-    "iq3_ks iq4_ks iq5_ks iq4_kss iq2_kl iq3_xxs iq3_s"
+    "iq3_ks iq4_ks iq5_ks iq4_kss iq2_kl iq3_xxs iq3_s iq2_kt iq3_kt iq4_kt"
 )
 
 
@@ -58,6 +59,7 @@ def main() -> None:
     parser.add_argument("--test-chunks", type=int, default=80)
     parser.add_argument("--types", default=PALETTE.replace(" ", ","), help="palette of the designs")
     parser.add_argument("--measured", type=Path, help="results of `quantmix measure`")
+    parser.add_argument("--test", type=Path, default=text("test"), help="text to judge by")
     args = parser.parse_args()
     work: Path = args.workdir
     work.mkdir(parents=True, exist_ok=True)
@@ -107,6 +109,11 @@ def _measure(base: Path, imatrix: Path, work: Path, args: Any) -> Path:
             threads=args.threads,
         )
         measure.measure(run, out)
+    found = measurements.load(out)
+    if not found.errors:
+        kinds = sorted({*PALETTE.split(), *ROLE_TYPES})
+        errors = measure.tensor_errors(base, imatrix, kinds, layers=2, threads=args.threads)
+        measurements.save(replace(found, errors=errors), out)
     return out
 
 
@@ -138,7 +145,8 @@ def _ours(
     recipe_path = work / f"ours-{ftype}.json"
     if not out.exists() or recipe_path.read_text() != "\n".join(recipe.rules):
         out.unlink(missing_ok=True)
-        out.with_suffix(".npy").unlink(missing_ok=True)
+        for old in work.glob(f"{out.stem}.*.npy"):
+            old.unlink()
         quantize(preflight(recipe, base, out, imatrix=imatrix), threads=args.threads)
         recipe_path.write_text("\n".join(recipe.rules))
     return out, loss.kld(recipe.quality.damage)
@@ -146,13 +154,13 @@ def _ours(
 
 def _score(path: Path, base: Path, work: Path, args: Any) -> np.ndarray:
     """Return per-token KLD and −ln p of a file on the test text, shape (2, n); kept beside it."""
-    kept = path.with_suffix(".npy")
+    kept = path.with_suffix(f".{args.test.stem}.npy")
     if not kept.exists():
         found = evaluate(
             path,
-            text("test"),
+            args.test,
             base=base,
-            logits_base=work / "test-base.lp",
+            logits_base=work / f"{args.test.stem}-base.lp",
             chunks=args.test_chunks,
             threads=args.threads,
         ).per_token
