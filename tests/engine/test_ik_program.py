@@ -81,7 +81,7 @@ def test_importance_matrix_is_that_of_llama_imatrix(
     command = [str(programs / "llama-imatrix"), "-m", str(demo), "-f", str(text("imatrix"))]
     command += ["-o", str(out), "--chunks", "2", "-c", "512", "--no-escape", "--process-output"]
     command += ["--output-tensor-name", "token_embd.weight"]
-    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    subprocess.run(command, check=True, capture_output=True, timeout=300, cwd=tmp_path)
     ours, theirs = imatrices.read(matrix), imatrices.read(out)
     assert ours.entries.keys() == theirs.entries.keys()
     for name, entry in theirs.entries.items():
