@@ -329,6 +329,32 @@ def tensor_errors(
     return tuple(TensorError(*row) for row in result["errors"])
 
 
+def add_errors(
+    run: Run,
+    results: Measurements,
+    out: Path,
+    asked: Sequence[str],
+    *,
+    layers: int | None = None,
+    on_event: Callable[[dict[str, Any]], None] | None = None,
+) -> Measurements:
+    """Return `results` with the errors of types added, and save them to `out`.
+
+    A tensor and type that `results` has already keeps its error; `layers` as in `tensor_errors`.
+
+    Raises:
+        BadFile: bad source, or an imatrix of another model.
+    """
+    kinds = list(dict.fromkeys(asked))
+    found = tensor_errors(
+        run.source, run.imatrix, kinds, layers=layers, threads=run.threads, on_event=on_event
+    )
+    known = {(e.tensor, e.type): e for e in (*found, *results.errors)}
+    grown = replace(results, errors=tuple(known.values()))
+    measurements.save(grown, out)
+    return grown
+
+
 def _sample(weights: WeightsFile, layers: int) -> set[str]:
     """Return the tensors of each role that lie at `layers` evenly spread depths."""
     by_role: dict[str, list[tuple[int, str]]] = {}

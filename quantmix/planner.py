@@ -23,9 +23,7 @@ from quantmix.memory.plan import device_memory
 from quantmix.memory.settings import Settings
 from quantmix.models.model import Model
 from quantmix.palette import Palette
-from quantmix.placement import (
-    move_boundary,
-)
+from quantmix.placement import move_boundary
 from quantmix.rig.device import Rig
 from quantmix.search import QUICK, Goals, Tried
 from quantmix.solve.problem import Problem, Solution

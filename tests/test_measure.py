@@ -203,6 +203,18 @@ def test_sampled_errors_are_near_those_of_whole_roles(model: Path) -> None:
     assert {e.tensor for e in few} == {t for t, _ in whole}
 
 
+def test_errors_are_added_and_kept(model: Path, words: Path, tmp_path: Path) -> None:
+    """Added errors are saved beside the probes; what was there already keeps its value."""
+    out = tmp_path / "m.json"
+    run = _run(model, words, roles=("attn_v",))
+    first = measure.add_errors(run, measure.measure(run, out), out, ["q4_K"])
+    second = measure.add_errors(run, first, out, ["q4_K", "q6_K"], layers=1)
+    assert {e for e in second.errors if e.type == "q4_K"} == set(first.errors)
+    assert {e.type for e in second.errors} == {"q4_K", "q6_K"}
+    assert measurements.load(out) == second
+    assert len(second.probes) == 1
+
+
 def test_a_quantized_source_is_refused(model: Path, words: Path, tmp_path: Path) -> None:
     """Sensitivities are measured on an unquantized model."""
     from mixes import mix_of, recipe_of

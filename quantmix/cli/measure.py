@@ -61,19 +61,20 @@ def measure(
     quiet: QuietFlag = False,
 ) -> None:
     """Plan the probes, run what is missing, print the table."""
-    from dataclasses import replace
-
     from quantmix import measure as work
-    from quantmix import measurements
     from quantmix.cli.progress import bar
     from quantmix.engine.weights import open_weights
     from quantmix.errors import UnknownName
+    from quantmix.ggml.types import get
     from quantmix.recipe import load
     from quantmix.texts import text
 
     if by not in ("role", "band", "tensor"):
         raise UnknownName.of("way to group tensors", by, ("role", "band", "tensor"))
     asked = [t.strip() for t in kinds.split(",") if t.strip()]
+    more = [t.strip() for t in error_types.split(",") if t.strip()]
+    for name in more:  # before hours of probes
+        get(name)
     groups = work.groups_of(
         open_weights(source),
         by,  # type: ignore[arg-type]
@@ -99,23 +100,10 @@ def measure(
         results = work.measure(run, out, tick)
     if errors and not results.errors:
         with bar(screen, "quantizing", "job") as tick:
-            found = work.tensor_errors(source, imatrix, asked, threads=threads, on_event=tick)
-        results = replace(results, errors=found)
-        measurements.save(results, out)
-    more = [t.strip() for t in error_types.split(",") if t.strip()]
+            results = work.add_errors(run, results, out, asked, on_event=tick)
     if more and not {e.type for e in results.errors} >= {*more, *asked}:
         with bar(screen, "quantizing", "job") as tick:
-            found = work.tensor_errors(
-                source,
-                imatrix,
-                list(dict.fromkeys([*asked, *more])),
-                layers=2,
-                threads=threads,
-                on_event=tick,
-            )
-        known = {(e.tensor, e.type): e for e in (*found, *results.errors)}
-        results = replace(results, errors=tuple(known.values()))
-        measurements.save(results, out)
+            results = work.add_errors(run, results, out, [*asked, *more], layers=2, on_event=tick)
     if as_json:
         print_json(_document(results, out))
     _show(results, asked, screen)

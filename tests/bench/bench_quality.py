@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -112,8 +111,7 @@ def _measure(base: Path, imatrix: Path, work: Path, args: Any) -> Path:
     found = measurements.load(out)
     if not found.errors:
         kinds = sorted({*PALETTE.split(), *ROLE_TYPES})
-        errors = measure.tensor_errors(base, imatrix, kinds, layers=2, threads=args.threads)
-        measurements.save(replace(found, errors=errors), out)
+        measure.add_errors(run, found, out, kinds, layers=2)
     return out
 
 
