@@ -47,7 +47,7 @@ def explain(
         short = ", ".join(f"{d} {gib(b)}" for d, b in shortage.missing_bytes.items())
         parts[0] += f": short by {short} at the smallest types"
     if options.min_tps is not None:
-        parts.append(f"at --min-tps {options.min_tps:g}")
+        parts[0] += f" at --min-tps {options.min_tps:g}"
     mends = [
         m
         for m in (
@@ -61,6 +61,10 @@ def explain(
     easier = _relaxations(budget, rig, judge)
     if easier:
         parts.append(f"with the same rig: {' or '.join(easier)}")
+    if options.min_tps is not None and not (mends or easier):
+        slower = _Judge(model, palette, replace(options, min_tps=None))
+        if slower.does(rig, budget.settings):
+            parts.append("it fits without that speed: lower --min-tps")
     return "; ".join(parts)
 
 

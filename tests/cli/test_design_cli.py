@@ -41,6 +41,11 @@ def quantmix(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         (("deepseek-r1", "--vram", "192G", "--engine", "vllm"), 2, "vllm"),
         (("deepseek-r1", "--gpus", "2xrtx-5099"), 2, "rtx-5090"),
         (("deepseek-r1", "--vram", "100G"), 3, "--vram"),
+        (
+            ("qwen3-30b-a3b", "--gpus", "1xrtx-4090", "--ram", "64G", "--min-tps", "9000"),
+            3,
+            "lower --min-tps",
+        ),
         (("./absent.gguf", "--vram", "24G"), 2, "absent.gguf"),
     ],
 )
