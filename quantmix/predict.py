@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from quantmix.assemble import size_of
@@ -44,8 +45,12 @@ def predict(
     engine: Engine = "ik",
     imatrix: bool = True,
     loss: LossModel | None = None,
+    foreign: bool = False,
 ) -> Prediction:
     """Predict the mix that gives each tensor the type `asked` for (by name).
+
+    A `foreign` mix is somebody else's: where its types alternate from layer to layer, its author
+    is taken to have known the tensors (`quantmix.loss.solved`).
 
     Raises:
         UnknownName: a type that the engine does not know.
@@ -62,9 +67,12 @@ def predict(
             fallbacks.append((tensor.name, asked[tensor.name], qtype.name))
         mix.append(qtype)
         planned.append(_plan(tensor, qtype, engine))
+    quality = loss.quality(model, mix)
+    if foreign:
+        loss, quality = _by_somebody(model, mix, loss, quality)
     return Prediction(
         size=size_of(model, planned),
-        quality=loss.quality(model, mix),
+        quality=quality,
         roles=_roles(model, planned, mix, loss),
         unmatched=tuple(unmatched),
         fallbacks=tuple(fallbacks),
@@ -89,7 +97,7 @@ def read_mix(path: Path, model: Model, engine: Engine = "ik") -> dict[str, str]:
         BadFile: nothing there, or none of the three.
         UsageError: a line is no rule, or no tensor of `model` is in it.
     """
-    if path.is_dir() or path.name == "recipe.json":
+    if is_ours(path):
         from quantmix.recipe import load
 
         types = {t.name: t.type for t in load(path).tensors}
@@ -104,6 +112,44 @@ def read_mix(path: Path, model: Model, engine: Engine = "ik") -> dict[str, str]:
     if not found:
         raise UsageError(f"{path} gives no type to any tensor of {model.id}: is it for that model?")
     return found
+
+
+def is_ours(path: Path) -> bool:
+    """Whether `path` is a recipe of ours (a folder or its recipe.json), as `read_mix` takes it."""
+    return path.is_dir() or path.name == "recipe.json"
+
+
+def _by_somebody(
+    model: Model, mix: Sequence[GgmlType | None], loss: LossModel, plain: Quality
+) -> tuple[LossModel, Quality]:
+    """Return the loss model and quality of a mix whose author may have known every tensor.
+
+    The upper end of the interval stays where it is without that assumption, if that is higher.
+    """
+    from quantmix.loss.predictor import FittedModel
+
+    if not isinstance(loss, FittedModel):
+        return loss, plain
+    knowing = loss.of_somebody(model, mix)
+    if knowing is loss:
+        return loss, plain
+    quality = knowing.quality(model, mix)
+    note = (
+        "types alternate from layer to layer, as where each tensor was measured first: such "
+        "recipes measure better than depth tells "
+        f"(PPL {math.expm1(plain.ln_ppl_ratio):+.1%} were it chance)"
+    )
+    quality = replace(
+        quality,
+        ppl_high=_higher(quality.ppl_high, plain.ppl_high),
+        ln_ppl_ratio_high=_higher(quality.ln_ppl_ratio_high, plain.ln_ppl_ratio_high),
+        warnings=(*quality.warnings, note),
+    )
+    return knowing, quality
+
+
+def _higher(one: float | None, other: float | None) -> float | None:
+    return other if one is None else one if other is None else max(one, other)
 
 
 def _written(tensor: Tensor, asked: Mapping[str, str], engine: Engine) -> GgmlType | None:

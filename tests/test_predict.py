@@ -41,6 +41,40 @@ def test_rules_of_other_tools(tmp_path: Path, r1: Model) -> None:
     assert "blk.9.attn_norm.weight" not in found.unmatched
 
 
+def _alternating(r1: Model) -> dict[str, str]:
+    """Experts of every layer at iq2_ks or iq4_ks in no order of depth, the rest at iq5_k."""
+    low = {n for n in range(61) if (n * 7) % 11 < 5}
+    return {
+        t.name: ("iq2_ks" if t.layer in low else "iq4_ks") if "_exps" in t.role else "iq5_k"
+        for t in r1.tensors
+        if t.quantizable
+    }
+
+
+def test_a_foreign_mix_that_alternates_is_taken_as_solved(r1: Model) -> None:
+    """It is predicted better, says so, keeps its upper bound, and its roles still add up."""
+    plain = predict.predict(r1, _alternating(r1))
+    found = predict.predict(r1, _alternating(r1), foreign=True)
+    assert 0.3 * plain.quality.damage < found.quality.damage < 0.97 * plain.quality.damage
+    assert found.quality.ppl is not None
+    assert plain.quality.ppl is not None
+    assert found.quality.ppl < plain.quality.ppl
+    assert found.quality.ppl_high == plain.quality.ppl_high
+    assert any("alternate from layer to layer" in w for w in found.quality.warnings)
+    assert sum(r["damage"] for r in found.roles.values()) == pytest.approx(found.quality.damage)
+    assert found.size == plain.size
+
+
+def test_a_foreign_mix_made_by_class_is_predicted_as_any(r1: Model) -> None:
+    """Types that change a few times over the depth say nothing of what its author knew."""
+    asked = {
+        t.name: "iq4_ks" if (t.layer or 0) < 9 or (t.layer or 0) > 50 else "iq3_ks"
+        for t in r1.tensors
+        if t.quantizable
+    }
+    assert predict.predict(r1, asked, foreign=True) == predict.predict(r1, asked)
+
+
 def test_what_is_no_mix_is_refused(tmp_path: Path, r1: Model) -> None:
     """Missing files, foreign rules and unknown types are told apart."""
     with pytest.raises(BadFile):

@@ -69,7 +69,8 @@ def predict(
     else:
         asked = mixes.uniform(base, uniform or "", engine.value)
     loss = load_loss(base, engine=engine.value, imatrix=not no_imatrix, measurements=measurements)
-    found = mixes.predict(base, asked, engine=engine.value, loss=loss)
+    foreign = recipe is not None and not mixes.is_ours(recipe)
+    found = mixes.predict(base, asked, engine=engine.value, loss=loss, foreign=foreign)
     if as_json:
         print_json(
             {

@@ -57,7 +57,9 @@ def run(measurements: Path | None = None, recipes: Path | None = None) -> dict[s
         elif case.exact:
             why = "leave-model-out needs the base perplexity, which nobody published"
             skipped.append((f"{case.model.id}: {len(case.exact)} mixes", why))
-    tool = [o for c in found if c.model.id not in apart for o in leave_tool_out(c)]
+    tool = [
+        o for c in found if c.model.id not in apart for o in leave_tool_out(c, without(c.model.id))
+    ]
     fair = [o for o in single if o.model not in apart and o.n_known >= ENOUGH]
     few = [o for o in single if o.model not in apart and o.n_known < ENOUGH]
     blind = [o for o in whole if o.model not in apart]
@@ -196,7 +198,7 @@ def leave_model_out(case: cases.Cases, h: Hyper) -> list[Outcome]:
     return out
 
 
-def leave_tool_out(case: cases.Cases) -> list[Outcome]:
+def leave_tool_out(case: cases.Cases, h: Hyper) -> list[Outcome]:
     """Predict the recipes that a tool solved by tensor from the mixes made by class.
 
     No outcome for a model without either kind.
@@ -206,7 +208,6 @@ def leave_tool_out(case: cases.Cases) -> list[Outcome]:
     made = [j for j in range(len(rows)) if j not in solved]
     if not made:
         return []
-    h = without(case.model.id)
     out = []
     for i in sorted(solved):
         keep = [j for j in others(case, i) if j in made]

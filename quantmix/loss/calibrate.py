@@ -49,6 +49,7 @@ class Hyper:
     form: float
     mid: float
     unknown_mix: float
+    solved: float
     quantiles: tuple[float, float]
     quantiles_prior: tuple[float, float]
     no_imatrix: float

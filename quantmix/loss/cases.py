@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from quantmix.loss import evidence, features, measured_recipes, prior
+from quantmix.loss import calibrate, evidence, features, measured_recipes, prior, solved
 from quantmix.loss.calibrate import Hyper, Row
 from quantmix.loss.model import FloatArray
 from quantmix.models.model import Model
@@ -41,7 +41,8 @@ def gather(
 ) -> tuple[list[Cases], list[tuple[str, str]]]:
     """Return the cases by model (catalog order of appearance) and what was skipped, with why.
 
-    Rows known by size only get the damage of a usual mix from `h`.
+    Rows known by size only get the damage of a usual mix from `h`, recipes solved by tensor their
+    shares; by default from what was fitted without the model.
     """
     found, skipped = measured_recipes.read(recipes) if recipes else ([], [])
     ids = dict.fromkeys([p.model for p in published] + [r.model for r in found])
@@ -80,12 +81,13 @@ def _cases(
 ) -> Cases:
     share = prior.shares(model)
     size = size_shares(model)
+    rho = (h or calibrate.hyper(model.id)).solved
     bench = evidence.bench(model, share, rows, h=h)
     control = {r.id: r for r in evidence.bench(model, size, rows, h=h).rows}
     mine, mine_by_size, skipped = [], [], list(bench.skipped)
     seen: set[tuple[float, bytes]] = set()
     for r in recipes:
-        w = features.of_types(model, share, r.types)
+        w = features.of_types(model, solved.shares(model, share, r.types, rho), r.types)
         key = (r.ppl, w.tobytes())
         if key in seen:
             skipped.append((r.id, "the same recipe with the same ppl is there already"))

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from quantmix.ggml.types import GgmlType
-from quantmix.loss import calibrate, curve, evidence, features, prior, response, trust
+from quantmix.loss import calibrate, curve, evidence, features, prior, response, solved, trust
 from quantmix.loss.model import FloatArray, LossModel
 from quantmix.models.model import Model
 from quantmix.recipe import Quality
@@ -127,6 +127,14 @@ class FittedModel:
             ln_ppl_ratio_low=low,
             ln_ppl_ratio_high=high,
         )
+
+    def of_somebody(self, model: Model, mix: Sequence[GgmlType | None]) -> FittedModel:
+        """Return the model for a mix that somebody else made, perhaps knowing every tensor.
+
+        Where its types alternate from layer to layer, `solved.shares`; otherwise this model.
+        """
+        share = solved.shares(model, self.share, mix, calibrate.hyper().solved)
+        return self if np.array_equal(share, self.share) else replace(self, share=share)
 
     def _factor(self) -> float:
         """Damage without an importance matrix relative to with one."""

@@ -32,6 +32,7 @@ _GRID: Final[dict[str, tuple[float, ...]]] = {
     "ln_onset_sd": (0.1, 0.2, 0.3, 0.5, 0.8),
     "row_sd": (0.0005, 0.001, 0.0015, 0.002, 0.003),
 }
+_SOLVED: Final = tuple(round(0.1 * k, 1) for k in range(13))
 _UNKNOWN_MIX: Final = (0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
 _PASSES: Final = 2
 # A little above 90 %: what is fitted on the same rows is a little too sure of itself.
@@ -52,7 +53,7 @@ def start(curve: CurveFit) -> Hyper:
     return Hyper(
         power=round(curve.power, 3), ln_onset=round(curve.ln_c, 3), ln_onset_sd=0.3, tilt_sd=0.06,
         group_sd=0.3, type_sd=0.05, row_sd=0.0015, form=0.06, mid=0.01, unknown_mix=0.45,
-        quantiles=(1.645, 1.645), quantiles_prior=(1.645, 1.645), no_imatrix=1.0,
+        solved=0.0, quantiles=(1.645, 1.645), quantiles_prior=(1.645, 1.645), no_imatrix=1.0,
         moe_ln_scale=-4.2, moe_ln_scale_sd=0.3,
         dense_ln_scale=-4.8, dense_size_slope=0.4, dense_ln_scale_sd=0.3,
         size_curve=(0.5, -3.0, 0.0),
@@ -75,12 +76,16 @@ def fit_hyper(
     best = population(usable, best)
     best = replace(best, unknown_mix=_unknown_mix(usable, best))
     best = _quantiles(usable, tested, best, None)
+    # Last, with all else held: it says how recipes of a tool differ, not how models do.
+    tilts = _solved_losses(recipes, best)
+    best = replace(best, solved=_least_solved(tilts, None))
     without = {}
     for case in usable:
         others = [c for c in usable if c.model.id != case.model.id]
         alone = population(others, _best(path, case.model.id))
         alone = replace(alone, unknown_mix=_unknown_mix(others, alone))
         alone = _quantiles(usable, tested, alone, case.model.id)
+        alone = replace(alone, solved=_least_solved(tilts, case.model.id))
         without[case.model.id] = _differences(alone, best)
     return {
         "hyper": _plain(best),
@@ -233,6 +238,33 @@ def _unknown_mix(found: Sequence[cases.Cases], h: Hyper) -> float:
                 total += (math.log(p.sd) + 3.0 * math.log1p(z2 / 5.0)) / math.sqrt(len(case.exact))
         totals[value] = total
     return min(totals, key=lambda v: totals[v])
+
+
+def _solved_losses(recipes: Path | None, h: Hyper) -> dict[float, dict[str, float]]:
+    """Return the negative log density of solved recipes by model, for each ρ of the grid.
+
+    Each recipe is predicted from the mixes of its model that were made by class.
+    """
+    out: dict[float, dict[str, float]] = {}
+    for rho in _SOLVED:
+        candidate = replace(h, solved=rho)
+        found, _ = cases.gather(evidence.published(), recipes, candidate)
+        out[rho] = {}
+        for case in (c for c in found if not backtest.fails(c)):
+            left = backtest.leave_tool_out(case, candidate)
+            total = 0.0
+            for o in left:
+                # The bounds hold a rise and its noise; half their width at 90 % is 1.645 sd.
+                sd = max((o.high - o.low) / (2 * _NORMAL), h.row_sd)
+                total += math.log(sd) + 3.0 * math.log1p(((o.measured - o.predicted) / sd) ** 2 / 5)
+            if left:
+                out[rho][case.model.id] = total / math.sqrt(len(left))
+    return out
+
+
+def _least_solved(losses: Mapping[float, Mapping[str, float]], without: str | None) -> float:
+    """Return the ρ of least loss over the models but `without`."""
+    return min(losses, key=lambda r: sum(v for m, v in losses[r].items() if m != without))
 
 
 def _total(score: _Score, without: str | None) -> float:
