@@ -23,13 +23,7 @@ from quantmix.loss.model import LossModel
 from quantmix.memory.model import HOST, DeviceMemory, Placement
 from quantmix.models.model import Model
 from quantmix.palette import Palette, TypeLimits, build, require_types
-from quantmix.planner import (
-    Goals,
-    Plan,
-    Shortage,
-    plan_on_rig,
-    price_per_gib,
-)
+from quantmix.planner import Plan, Shortage, plan_on_rig, price_per_gib
 from quantmix.recipe import (
     DeviceUse,
     Optimality,
@@ -39,6 +33,7 @@ from quantmix.recipe import (
     Speed,
 )
 from quantmix.rig.device import Device, Rig
+from quantmix.search import Goals
 from quantmix.solve.problem import Problem, Solution
 from quantmix.units import GIB
 

@@ -9,7 +9,8 @@ from quantmix.choices import Choices, build_choices
 from quantmix.memory.model import DeviceMemory, Placement
 from quantmix.models.model import Model
 from quantmix.palette import Palette
-from quantmix.planner import Goals, Shortage
+from quantmix.planner import Shortage
+from quantmix.search import Goals
 from quantmix.solve.problem import FloatArray, Problem, Solution
 from quantmix.solve.solver import solve
 

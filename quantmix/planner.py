@@ -210,6 +210,3 @@ def price_per_gib(solution: Solution, pools: Sequence[str]) -> dict[str, float]:
         for pool, price in zip(pools, solution.prices, strict=False)
         if price > 0
     }
-
-
-__all__ = ["Goals", "Plan", "Shortage", "fits_at_all", "plan_on_rig", "price_per_gib"]

@@ -18,8 +18,8 @@ from quantmix.files import write_text
 from quantmix.loss.model import LossModel
 from quantmix.models.model import Model
 from quantmix.palette import TypeLimits
-from quantmix.planner import Goals
 from quantmix.recipe import Recipe
+from quantmix.search import Goals
 from quantmix.solve.solver import Limits
 from quantmix.units import gib
 

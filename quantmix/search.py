@@ -20,7 +20,7 @@ from quantmix.placement import (
     split_layers,
 )
 from quantmix.rig.device import Rig
-from quantmix.solve.level import Memo
+from quantmix.solve.pools import Memo
 from quantmix.solve.problem import FloatArray, IntArray, Problem, Solution
 from quantmix.solve.solver import Limits, solve
 from quantmix.timing import Timing

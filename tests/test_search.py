@@ -13,7 +13,8 @@ from quantmix import timing
 from quantmix.budget import Budget
 from quantmix.loss import load as load_loss
 from quantmix.palette import TypeLimits, build
-from quantmix.planner import Goals, Plan, plan_on_rig
+from quantmix.planner import Plan, plan_on_rig
+from quantmix.search import Goals
 from quantmix.speed.model import plan_seconds
 
 MIXED = "2x32G,2x24G,2x24G,1x48G"

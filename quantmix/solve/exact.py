@@ -29,6 +29,10 @@ class Limits:
     seconds: float = 20.0
     absolute: float = 0.0
 
+    def enough(self, bound: float) -> float:
+        """Return the gap, in units of cost, that is small enough above a lower `bound`."""
+        return max(self.gap * max(bound, 0.0), self.absolute)
+
 
 def solve_core(
     cost: FloatArray,

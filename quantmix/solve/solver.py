@@ -9,7 +9,7 @@
    options of some groups, goes to HiGHS.
 5. Upgrades again, so that no single one that lowers the cost still fits.
 
-This module walks the levels z; `level.py` solves one of them.
+This module walks the levels z; `level.py` solves one of them, `pools.py` what falls apart.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ import numpy as np
 
 from quantmix.solve.bound import cheapest, lagrangian, prices_by_lp
 from quantmix.solve.exact import Limits
-from quantmix.solve.level import Memo, bound_at_price, is_coupled, solve_level
+from quantmix.solve.level import bound_at_price, is_coupled, solve_level
+from quantmix.solve.pools import Memo
 from quantmix.solve.problem import FloatArray, Problem, Solution
 from quantmix.solve.rounding import fill
 
