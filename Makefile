@@ -24,7 +24,7 @@ demo: $(BIN)/quantmix
 	    --types $(DEMO_TYPES) --name smol-4.5bpw --out demo/recipes
 	$(BIN)/quantmix quantize demo/recipes/smol-4.5bpw demo/smol-f16.gguf --imatrix demo/smol.dat
 	$(BIN)/quantmix verify demo/recipes/smol-4.5bpw --base demo/smol-f16.gguf --chunks 8 \
-	    --db demo/measurements.db
+	    --measurements demo/roles.json --imatrix demo/smol.dat --db demo/measurements.db
 
 lint: $(BIN)/quantmix
 	$(BIN)/ruff check .

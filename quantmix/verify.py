@@ -6,19 +6,22 @@ import math
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from quantmix import anchor
+from quantmix.anchor import AnchoredKld
 from quantmix.engine import binaries
 from quantmix.engine.child import Emit
 from quantmix.engine.perplexity import Evaluation, evaluate, read_corpus
 from quantmix.engine.quantize import compare
 from quantmix.engine.scores import Scores
 from quantmix.engine.weights import WeightsFile, open_weights
-from quantmix.errors import BadFile
+from quantmix.errors import BadFile, UsageError
 from quantmix.ggml.types import Engine
 from quantmix.recipe import Recipe
 from quantmix.recipe import load as load_recipe
@@ -45,12 +48,13 @@ class Predicted:
 
 @dataclass(frozen=True)
 class Verified:
-    """A measured file."""
+    """A measured file; `kld_here` is the KLD that own probes predict for this very text."""
 
     weights: WeightsFile
     evaluation: Evaluation
     predicted: Predicted | None
     n_elements: int
+    kld_here: AnchoredKld | None = None
 
     @property
     def tensor_bytes(self) -> int:
@@ -71,6 +75,7 @@ class Verified:
             "kld": asdict(e.divergence) if e.divergence else None,
             "ln_ppl_ratio": asdict(e.log_ratio) if e.log_ratio else None,
             "predicted": asdict(self.predicted) if self.predicted else None,
+            "predicted_kld": asdict(self.kld_here) if self.kld_here else None,
             "engine": asdict(e.engine),
             "file": str(self.weights.path),
             "tensor_bytes": self.tensor_bytes,
@@ -124,22 +129,30 @@ def verify(
     engine: Engine = "ik",
     llama_bin: str | Path | None = None,
     db: str | Path | None = None,
+    probed: Path | None = None,
+    imatrix: Path | None = None,
     on_event: Emit | None = None,
 ) -> Verified:
     """Measure, compare with the prediction, store.
 
     Args:
+        probed: results of `measure` on `base`: the KLD they predict for this text (one pass more,
+            see `quantmix.anchor`) is then reported; `imatrix` is the one they were made with.
         llama_bin: folder of the user's own llama-perplexity, used instead of the packaged library
             (GPUs, large models); `logits_base` is then a file in its own format.
 
     Raises:
         CheckFailed: the file's tensors are not those of the recipe.
-        BadFile, UsageError, EngineError: as `perplexity.evaluate`.
+        BadFile, UsageError, EngineError: as `perplexity.evaluate` and `anchor`.
     """
     weights = open_weights(target.file)
     if target.recipe:
         compare(target.recipe, weights)
-    with Store(db) as store:
+    planned = _plan_anchor(weights, probed, base, imatrix, engine, llama_bin)
+    with Store(db) as store, ExitStack() as stack:
+        if planned and not logits_base:
+            scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="quantmix-"))
+            logits_base = Path(scratch) / "base.lp"
         if llama_bin:
             run = _OwnBinary(binaries.probe("llama-perplexity", llama_bin), n_ctx, chunks, threads)
             found = run.evaluate(weights.path, corpus, base, logits_base, on_event)
@@ -159,7 +172,43 @@ def verify(
         n_elements = sum(math.prod(info.shape) for info, _, _ in weights.tensors.values())
         verified = Verified(weights, found, predicted, n_elements)
         store.add(_row(verified, base))
+        if planned and logits_base:
+            here = anchor.predict(
+                planned,
+                Path(corpus),
+                Path(logits_base),
+                chunks=found.chunks,
+                n_ctx=n_ctx,
+                threads=threads,
+                on_event=on_event,
+            )
+            verified = replace(verified, kld_here=here)
     return verified
+
+
+def _plan_anchor(
+    weights: WeightsFile,
+    probed: Path | None,
+    base: str | Path | None,
+    imatrix: Path | None,
+    engine: Engine,
+    llama_bin: str | Path | None,
+) -> anchor.Plan | None:
+    """Return the anchor to predict the KLD with, None when no measurements are given.
+
+    Raises:
+        BadFile, UsageError: as `anchor`, which needs the base and the packaged engine: only there
+            can weights be swapped.
+    """
+    if probed is None:
+        if imatrix is not None:
+            raise UsageError("--imatrix belongs to --measurements: give both, or neither")
+        return None
+    if base is None:
+        raise UsageError("--measurements predicts a KLD: give the unquantized GGUF by --base")
+    if engine != "ik" or llama_bin:
+        raise UsageError("--measurements needs the packaged ik engine: leave out --llama-bin")
+    return anchor.plan(anchor.open_probed(Path(base), probed, imatrix), weights.types())
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,6 +54,17 @@ def verify(
     db: Annotated[
         Path | None, typer.Option("--db", help="Measurements store [default: QUANTMIX_DB].")
     ] = None,
+    measurements: Annotated[
+        Path | None,
+        typer.Option(
+            "--measurements",
+            help="What `quantmix measure` wrote for --base: predicts the KLD on this text, "
+            "at the cost of one more pass.",
+        ),
+    ] = None,
+    imatrix: Annotated[
+        Path | None, typer.Option("--imatrix", help="The imatrix of --measurements.")
+    ] = None,
     strict: Annotated[
         bool, typer.Option("--strict", help="Exit 5 when the prediction missed.")
     ] = False,
@@ -82,6 +93,8 @@ def verify(
             engine=engine,
             llama_bin=llama_bin,
             db=db,
+            probed=measurements,
+            imatrix=imatrix,
             on_event=tick,
         )
     if as_json:
@@ -105,6 +118,14 @@ def _show(found: Verified, screen: Console) -> None:
             f"against the base: KLD {d.mean:.5f} ± {d.err:.5f}, median {d.median:.5f}, "
             f"p99 {d.p99:.4f}, max {d.max:.3f}, same top token {100 * d.same_top:.2f}%, "
             f"ln(PPL/base) {e.log_ratio.mean:+.5f} ± {e.log_ratio.err:.5f}"
+        )
+    if found.kld_here and e.divergence:
+        k = found.kld_here
+        screen.print(
+            f"predicted KLD {k.kld:.4f} [{k.kld_low:.4f}, {k.kld_high:.4f}], measured "
+            f"{e.divergence.mean:.4f} ({k.probes_kld:.4f} on the text of the probes, times "
+            f"{k.text_factor:.3f}: what this text does to a mix of other types)",
+            markup=False,
         )
     p = found.predicted
     if p is None or p.ppl is None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from quantmix.engine.mainline_find import find_mainline
 from quantmix.engine.mainline_session import MainlineSession
 from quantmix.engine.scores import Divergence, LogRatio, Perplexity, Scores
 from quantmix.engine.session import Session, Tokens, default_threads
-from quantmix.engine.weights import open_weights
+from quantmix.engine.weights import WeightsFile, open_weights
 from quantmix.errors import BadFile
 from quantmix.ggml.types import Engine
 
@@ -188,14 +189,13 @@ def task(request: dict[str, Any], emit: Emit) -> dict[str, Any]:
     started = time.perf_counter()
     corpus = read_corpus(request["corpus"])
     threads = request["threads"] or default_threads()
-    n_ctx = request["n_ctx"]
     with ExitStack() as stack:
         model = _open(request, request["model"], threads, stack)
         runner = Evaluator(model, threads)
         tokens = model.tokenize(corpus.text)
         chunks = model.chunks(tokens, request["chunks"])
         engine = engine_id(request["engine"])
-        describe = _describer(engine, corpus, tokens, n_ctx, len(chunks), model.n_vocab)
+        describe = describer(engine, corpus, tokens, model, len(chunks))
         source = _base_source(request, describe, threads, stack)
         parts: list[Scores] = []
         total = 0.0
@@ -260,19 +260,18 @@ def _open(
     return stack.enter_context(Session(file, n_ctx=n_ctx, threads=threads))
 
 
-def _describer(
+def describer(
     engine: native.EngineId,
     corpus: Corpus,
     tokens: Tokens,
-    n_ctx: int,
+    session: Session | MainlineSession,
     n_chunk: int,
-    n_vocab: int,
-) -> Any:
-    """Return a function: GGUF path → BaseInfo of a run of it on these tokens."""
+) -> Callable[[WeightsFile], BaseInfo]:
+    """Return a function: GGUF → BaseInfo of a run of it on these tokens."""
+    n_ctx = session.n_ctx
     token_hash = hashlib.sha256(tokens[: n_ctx * n_chunk].tobytes()).hexdigest()[:32]
 
-    def describe(path: str) -> BaseInfo:
-        weights = open_weights(path)
+    def describe(weights: WeightsFile) -> BaseInfo:
         return BaseInfo(
             model=weights.model_fingerprint,
             data=weights.data_fingerprint,
@@ -281,27 +280,30 @@ def _describer(
             tokens=token_hash,
             n_ctx=n_ctx,
             n_chunk=n_chunk,
-            n_vocab=n_vocab,
+            n_vocab=session.n_vocab,
         )
 
     return describe
 
 
 def _base_source(
-    request: dict[str, Any], describe: Any, threads: int, stack: ExitStack
+    request: dict[str, Any],
+    describe: Callable[[WeightsFile], BaseInfo],
+    threads: int,
+    stack: ExitStack,
 ) -> _BaseSource | None:
     """Choose where base rows come from; None when no base is wanted."""
     base, stored = request["base"], request["logits_base"]
     if not base and not stored:
         return None
-    mine = describe(request["model"])
+    mine = describe(open_weights(request["model"]))
     if stored and Path(stored).exists():
         reader = BaseReader(Path(stored))
         reader.require(mine)
-        if base and reader.info.data != describe(base).data:
+        if base and reader.info.data != describe(open_weights(base)).data:
             raise BadFile(f"{stored} was made from another file than {base}: delete it")
         return _BaseSource(reader, None, None)
-    theirs = describe(base)
+    theirs = describe(open_weights(base))
     if theirs.model != mine.model:
         raise BadFile(
             f"{base} is not the base of {request['model']}: names, shapes or norms differ"

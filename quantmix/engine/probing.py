@@ -1,4 +1,4 @@
-"""Child tasks of `measure`: the loop of hot swaps, and quantization errors without a model run."""
+"""Child tasks: the hot swaps of `measure` and of anchors, and errors without a model run."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+from quantmix.engine import native
 from quantmix.engine.child import Emit
 from quantmix.engine.hotswap import Quantizer, Swapper
-from quantmix.engine.perplexity import Evaluator, join, read_corpus
+from quantmix.engine.logprobs import BaseReader
+from quantmix.engine.perplexity import Evaluator, describer, join, read_corpus
 from quantmix.engine.scores import Scores
 from quantmix.engine.session import Session, default_threads
 from quantmix.engine.weights import WeightsFile, open_weights
@@ -101,6 +103,36 @@ def _probe(
         "n_elements": sum(elements),
         "tokens": len(result.nll),
         "fallbacks": sum(w != asked for w in written),
+    }
+
+
+def mix_task(request: dict[str, Any], emit: Emit) -> dict[str, Any]:
+    """Set one mix by hot swap and score it against stored log-probabilities of the base."""
+    started = time.perf_counter()
+    weights = open_weights(request["source"])
+    threads = request["threads"] or default_threads()
+    matrix = imatrices.read(request["imatrix"]) if request["imatrix"] else None
+    corpus = read_corpus(request["corpus"])
+    base = BaseReader(Path(request["logits_base"]))
+    with Session(
+        Path(request["source"]), n_ctx=request["n_ctx"], threads=threads, mmap=False, reuse=False
+    ) as session:
+        tokens = session.tokenize(corpus.text)
+        chunks = session.chunks(tokens, request["chunks"])
+        base.require(describer(native.engine_id(), corpus, tokens, session, len(chunks))(weights))
+        swapper = Swapper(session, weights, Quantizer(weights, matrix, threads))
+        swapper.set_mix(request["mix"])
+        runner = Evaluator(session, threads)
+        parts = []
+        for i, chunk in enumerate(chunks):
+            parts.append(runner.score(chunk, base.rows(i)))
+            emit({"chunk": i + 1, "of": len(chunks)})
+    found = join(parts).divergence()
+    return {
+        "kld": found.mean,
+        "kld_err": found.err,
+        "seconds": time.perf_counter() - started,
+        "forward_seconds": runner.forward_seconds,
     }
 
 

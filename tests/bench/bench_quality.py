@@ -6,7 +6,7 @@ On the dithered 768-wide SmolLM2: an imatrix from `imatrix.txt`, sensitivities m
 `probe.txt`, designs at the file sizes of stock IQ3_XXS, IQ3_M and Q4_K_M (never larger), all files
 really quantized and scored once on `test.txt`, which nothing was chosen by. Each stock file comes
 in two kinds: with the same imatrix, and with that imatrix less its head entry, as published files
-are. Ratios of mean KLD are paired per token; their 95% bound comes from a bootstrap over chunks,
+are. The KLD that the probes predict for the text is anchored there (`quantmix.anchor`). Ratios of mean KLD are paired per token; their 95% bound comes from a bootstrap over chunks,
 since tokens of a chunk are not independent. Everything is kept in WORKDIR and continued from there.
 `--measured` takes an existing results file instead of measuring, `--test` another text to judge by.
 """
@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from quantmix import measure, measurements
+from quantmix import anchor, measure, measurements
 from quantmix.budget import Budget
 from quantmix.demo import build
 from quantmix.design import Options, design
@@ -71,7 +71,11 @@ def main() -> None:
         bare = _stock(base, headless, ftype, work / f"bare-{ftype}.gguf")
         ours, predicted = _ours(base, imatrix, measured, stock.stat().st_size, ftype, work, args)
         scored = [_score(p, base, work, args) for p in (ours, stock, bare)]
-        rows.append(_row(ftype, bounds, (ours, stock, bare), scored, predicted, args.test_chunks))
+        row = _row(ftype, bounds, (ours, stock, bare), scored, predicted, args.test_chunks)
+        here = _anchored(ours, base, anchor.open_probed(base, measured, imatrix), work, args)
+        row["predicted_here"] = here
+        row["predicted_here_over_measured"] = here / row["kld"]["ours"]
+        rows.append(row)
         print(json.dumps(rows[-1], indent=2), flush=True)
     (work / "quality.json").write_text(json.dumps(rows, indent=2))
 
@@ -164,6 +168,17 @@ def _score(path: Path, base: Path, work: Path, args: Any) -> np.ndarray:
         ).per_token
         np.save(kept, np.stack([found.kld, found.nll]))
     return np.asarray(np.load(kept))
+
+
+def _anchored(
+    ours: Path, base: Path, probed: anchor.Probed, work: Path, args: argparse.Namespace
+) -> float:
+    """Return the KLD that the probes and one anchor predict for a file of ours on the test text."""
+    planned = anchor.plan(probed, open_weights(ours).types())
+    stored = work / f"{args.test.stem}-base.lp"
+    return anchor.predict(
+        planned, args.test, stored, chunks=args.test_chunks, threads=args.threads
+    ).kld
 
 
 def _row(

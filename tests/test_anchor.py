@@ -1,0 +1,123 @@
+"""The KLD that probes predict for another text, held against really quantized files."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent / "engine"))
+
+from mixes import mix_of, recipe_of
+from tiny import write_tiny
+
+from quantmix import anchor, measure, measurements, verify
+from quantmix.engine.imatrix import collect
+from quantmix.engine.quantize import preflight, quantize
+from quantmix.engine.weights import open_weights
+from quantmix.errors import BadFile, UsageError
+from quantmix.texts import text
+
+pytestmark = pytest.mark.engine
+
+
+class Bench:
+    """A tiny model with an imatrix, probes on one text, a quantized mix, and another text."""
+
+    def __init__(self, root: Path) -> None:
+        self.source = write_tiny(root / "tiny.gguf")
+        self.probe, self.other = root / "probe.txt", root / "other.txt"
+        self.probe.write_text(text("probe").read_text()[3000:6000])
+        self.other.write_text(text("test").read_text()[9000:12000])
+        self.imatrix = root / "i.dat"
+        collect(self.source, self.probe, self.imatrix, threads=1)
+        self.probes = root / "roles.json"
+        groups = measure.groups_of(open_weights(self.source), "role", ["q3_K", "q4_K", "iq3_k"])
+        run = measure.Run(self.source, self.probe, self.imatrix, groups, {}, chunks=2, threads=1)
+        measure.measure(run, self.probes)
+        recipe = recipe_of(
+            self.source,
+            mix_of(open_weights(self.source), lambda role, _: "q4_K" if "ffn" in role else "iq3_k"),
+        )
+        self.file = root / "q.gguf"
+        quantize(preflight(recipe, self.source, self.file, imatrix=self.imatrix), threads=1)
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    """Made once."""
+    return Bench(tmp_path_factory.mktemp("anchor"))
+
+
+def _verify(bench: Bench, tmp_path: Path, **more: object) -> verify.Verified:
+    arguments: dict[str, object] = {
+        "base": bench.source, "probed": bench.probes, "imatrix": bench.imatrix, **more
+    }  # fmt: skip
+    target = verify.find_target(bench.file)
+    return verify.verify(target, bench.other, threads=1, db=tmp_path / "s.db", **arguments)  # type: ignore[arg-type]
+
+
+def test_the_anchor_shares_no_type_with_the_mix(bench: Bench) -> None:
+    """Every quantized tensor has another type in the anchor, one that was probed."""
+    types = open_weights(bench.file).types()
+    planned = anchor.plan(anchor.open_probed(bench.source, bench.probes, bench.imatrix), types)
+    assert set(planned.mix) == {n for n, q in types.items() if q in ("q4_K", "iq3_k")}
+    assert all(planned.mix[n] != types[n] for n in planned.mix)
+    assert set(planned.mix.values()) <= {"q3_K", "q4_K", "iq3_k"}
+
+
+def test_the_kld_on_another_text_is_predicted(bench: Bench, tmp_path: Path) -> None:
+    """Within 15 % of what is measured there, though the text is another; the parts multiply."""
+    found = _verify(bench, tmp_path)
+    here, measured = found.kld_here, found.evaluation.divergence
+    assert here is not None
+    assert measured is not None
+    assert here.kld == pytest.approx(measured.mean, rel=0.15)
+    assert here.kld == pytest.approx(here.probes_kld * here.text_factor)
+    assert here.kld_low < here.kld < here.kld_high
+    assert here.anchor_kld != pytest.approx(measured.mean, rel=1e-6)
+    assert 0.0 < here.forward_seconds < here.seconds
+    assert found.to_json()["predicted_kld"]["kld"] == here.kld
+    assert _verify(bench, tmp_path, probed=None, imatrix=None).kld_here is None
+
+
+def test_stored_log_probabilities_are_used_and_kept(bench: Bench, tmp_path: Path) -> None:
+    """`--logits-base` serves the file and its anchor; without it nothing is left behind."""
+    stored = tmp_path / "base.lp"
+    first = _verify(bench, tmp_path, logits_base=stored)
+    assert stored.exists()
+    again = _verify(bench, tmp_path)
+    assert first.kld_here is not None
+    assert again.kld_here is not None
+    assert again.kld_here.kld == pytest.approx(first.kld_here.kld, rel=1e-6)
+
+
+def test_what_does_not_belong_together_is_refused(bench: Bench, tmp_path: Path) -> None:
+    """Probes of another model or imatrix, no base, another engine: each names the mend."""
+    other = write_tiny(tmp_path / "other.gguf", seed=5)
+    with pytest.raises(BadFile, match="was not measured on"):
+        _verify(bench, tmp_path, base=other)
+    with pytest.raises(UsageError, match="give it by --imatrix"):
+        _verify(bench, tmp_path, imatrix=None)
+    foreign = tmp_path / "f.dat"
+    foreign.write_bytes(bench.imatrix.read_bytes()[:-4] + b"abcd")
+    with pytest.raises(BadFile, match="another imatrix"):
+        _verify(bench, tmp_path, imatrix=foreign)
+    with pytest.raises(UsageError, match="by --base"):
+        _verify(bench, tmp_path, base=None)
+    with pytest.raises(UsageError, match="packaged ik engine"):
+        _verify(bench, tmp_path, engine="mainline")
+    with pytest.raises(UsageError, match="belongs to --measurements"):
+        _verify(bench, tmp_path, probed=None)
+
+
+def test_one_probed_type_is_not_enough(bench: Bench, tmp_path: Path) -> None:
+    """An anchor of the very types of the mix would measure, not predict."""
+    known = measurements.load(bench.probes)
+    kept = [p for p in known.probes if p.type == ("q4_K" if "ffn" in p.role else "iq3_k")]
+    alone = tmp_path / "alone.json"
+    measurements.save(replace(known, probes=tuple(kept)), alone)
+    with pytest.raises(UsageError, match="two types or more"):
+        _verify(bench, tmp_path, probed=alone)
