@@ -232,7 +232,9 @@ def bound_at_price(
 def is_coupled(cost: FloatArray, use: FloatArray, capacity: FloatArray) -> bool:
     """Whether a large problem has groups that use several limited pools."""
     limited = np.isfinite(capacity)
-    return len(cost) > _CORE_GROUPS and owners(cost, use[limited]) is None
+    if len(cost) <= _CORE_GROUPS or not limited.any():
+        return False
+    return owners(cost, use[limited]) is None
 
 
 def _with_free_pools(part: Solution, use: FloatArray, limited: NDArray[np.bool_]) -> Solution:

@@ -115,3 +115,4 @@ def test_small_or_separate_problems_are_not_called_coupled() -> None:
     assert not is_coupled(cost[:300], use[:, :300], capacity)
     assert not is_coupled(cost, use[:-1], capacity[:-1])
     assert not is_coupled(cost, use, np.append(capacity[:-1], np.inf))
+    assert not is_coupled(cost, use, np.full(len(capacity), np.inf))
