@@ -75,6 +75,7 @@ class Verified:
             "kld": asdict(e.divergence) if e.divergence else None,
             "ln_ppl_ratio": asdict(e.log_ratio) if e.log_ratio else None,
             "predicted": asdict(self.predicted) if self.predicted else None,
+            # None without own probes; `predicted.damage` is on the text of the probes.
             "predicted_kld": asdict(self.kld_here) if self.kld_here else None,
             "engine": asdict(e.engine),
             "file": str(self.weights.path),

@@ -22,7 +22,7 @@ def register(app: typer.Typer) -> None:
         help="Perplexity, and KL divergence against --base, of a GGUF or a recipe's file; "
         "stored, and compared with the prediction.",
         epilog="Example: quantmix verify recipes/smol-4.5bpw --corpus wiki.test.raw "
-        "--base smol-f16.gguf",
+        "--base smol-f16.gguf --measurements roles.json --imatrix smol.dat",
     )(answer_errors(verify))
 
 

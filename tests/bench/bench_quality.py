@@ -6,8 +6,9 @@ On the dithered 768-wide SmolLM2: an imatrix from `imatrix.txt`, sensitivities m
 `probe.txt`, designs at the file sizes of stock IQ3_XXS, IQ3_M and Q4_K_M (never larger), all files
 really quantized and scored once on `test.txt`, which nothing was chosen by. Each stock file comes
 in two kinds: with the same imatrix, and with that imatrix less its head entry, as published files
-are. The KLD that the probes predict for the text is anchored there (`quantmix.anchor`). Ratios of mean KLD are paired per token; their 95% bound comes from a bootstrap over chunks,
-since tokens of a chunk are not independent. Everything is kept in WORKDIR and continued from there.
+are. The KLD that the probes predict for the text is anchored there (`quantmix.anchor`). Ratios of
+mean KLD are paired per token; their 95% bound comes from a bootstrap over chunks, since tokens of a
+chunk are not independent. Everything is kept in WORKDIR and continued from there.
 `--measured` takes an existing results file instead of measuring, `--test` another text to judge by.
 """
 
