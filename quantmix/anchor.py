@@ -2,7 +2,7 @@
 
 Damage moves with the text: a text the model knows by heart loses half as much again as a novel,
 in every mix alike. So the level of a text is measured once, on a mix that is *not* the one to be
-predicted: every tensor at the probed type nearest in damage to its own, and different from it.
+predicted: every tensor at the probed type nearest in damage to its own, and quantized otherwise.
 
     KLD(mix, text) = KLD_probes(mix) · KLD(anchor, text) / KLD_probes(anchor)
 
@@ -21,22 +21,31 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from quantmix import measurements
 from quantmix.engine import child
 from quantmix.engine.child import Emit
 from quantmix.engine.weights import open_weights
-from quantmix.errors import BadFile, UsageError
+from quantmix.errors import BadFile, EngineError, UsageError
 from quantmix.ggml.types import GgmlType, get
+from quantmix.loss import curve
 from quantmix.loss.measured import MeasuredModel
+from quantmix.loss.model import FloatArray
 from quantmix.loss.predictor import mix_damage
 from quantmix.measurements import Measurements
 from quantmix.models.model import Model
 from quantmix.models.sources import load_model
 
-# Spread of ln(predicted / measured KLD) with an anchor; see docs/measuring.md.
+# Spread of ln(predicted / measured KLD) where anchor and mix have about the same damage: nine files
+# and texts in docs/measuring.md. And per unit of ln(damage of the mix / of the anchor): uniform
+# q8_0, q6_K and iq2_xxs from probes at three and four bits on a small random model (0.15 to 0.5).
 _LN_SD: Final = 0.05
+_LN_SD_PER_LN: Final = 0.35
+# Tensors without an anchor may take so much of the mix's damage.
+_MAY_BE_OPEN: Final = 0.1
 _QUANTILE: Final = 1.645
+_TINY: Final = 1e-12
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +53,8 @@ class AnchoredKld:
     """Mean KLD of a mix as predicted for one text, nats.
 
     Attributes:
-        kld, kld_low, kld_high: on this text, 90 % interval.
+        kld, kld_low, kld_high: on this text, 90 % interval, the wider the farther the probed types
+            are from those of the mix.
         probes_kld: on the text of the probes.
         text_factor: what this text does to the anchor; `kld = probes_kld · text_factor`.
         anchor_kld, anchor_err: measured here on the anchor mix, whose types are others.
@@ -85,34 +95,64 @@ def open_probed(base: Path, file: Path, imatrix: Path | None) -> Probed:
     if bool(imatrix) != bool(measured.imatrix):
         how = "with an imatrix: give it by --imatrix" if measured.imatrix else "without --imatrix"
         raise UsageError(f"{file} was measured {how}")
-    if imatrix and hashlib.sha256(imatrix.read_bytes()).hexdigest() != measured.imatrix:
+    if imatrix and _sha256(imatrix) != measured.imatrix:
         raise BadFile(f"{file} was measured with another imatrix than {imatrix}")
     return Probed(base, imatrix, measured)
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """An anchor for one mix, and what the probes say of both (nats, on their own text)."""
+    """An anchor for one mix, and what the probes say of both (nats, on their own text).
+
+    Attributes:
+        mix: tensor → type of the anchor.
+        distance: |ln| of the damage of the mix over that of the anchor, the larger of the whole
+            and of the mean over tensors.
+    """
 
     probed: Probed
     mix: dict[str, str]
     anchor_kld: float
     anchored_kld: float
+    distance: float
 
 
 def plan(probed: Probed, types: Mapping[str, str]) -> Plan:
     """Choose the anchor for the mix `types` (tensor → type).
 
     Raises:
-        UsageError: no tensor of the mix has a probed type other than its own.
+        UnknownName: the mix has a type that the packaged engine does not know.
+        UsageError: nothing is quantized; the probes leave out what matters in this mix, know it at
+            one type only, or show no damage; or they were made around a quantized mix.
     """
     model = load_model(str(probed.base))
     loss = MeasuredModel.of(model, probed.measured, imatrix=probed.imatrix is not None)
     mix = [_type(types.get(t.name)) if t.quantizable else None for t in model.tensors]
+    if not any(mix):
+        raise UsageError("nothing in the file is quantized: there is no KLD to predict")
     other = anchor_mix(model, loss, probed.measured, mix)
-    anchored, anchor = (loss.kld(float(mix_damage(loss, model, m).sum())) for m in (mix, other))
+    own, theirs = (mix_damage(loss, model, m) for m in (mix, other))
+    covered = np.array([q is not None for q in other])
+    _require_cover(model, own, covered)
+    anchored, anchor = loss.kld(float(own.sum())), loss.kld(float(theirs.sum()))
+    if min(anchored, anchor) <= 10.0 * probed.measured.noise_floor:
+        raise UsageError("the probes show no damage above their noise: measure at lower types")
+    each = np.abs(np.log(np.maximum(own, _TINY) / np.maximum(theirs, _TINY)))
+    apart = float((each * own)[covered].sum() / own[covered].sum())
     names = {t.name: q.name for t, q in zip(model.tensors, other, strict=True) if q}
-    return Plan(probed, names, anchor, anchored)
+    return Plan(probed, names, anchor, anchored, max(apart, abs(math.log(anchored / anchor))))
+
+
+def _require_cover(model: Model, damage: FloatArray, covered: NDArray[np.bool_]) -> None:
+    """Raise UsageError where tensors without an anchor hold too much of the damage."""
+    share = float(damage[~covered].sum() / damage.sum()) if damage.sum() > 0.0 else 1.0
+    if share > _MAY_BE_OPEN:
+        left = [(t, d) for t, d, c in zip(model.tensors, damage, covered, strict=True) if not c]
+        roles = sorted({t.role for t, d in left if d > 0.0})
+        raise UsageError(
+            f"{share:.0%} of the damage of this mix is in roles that were not measured at two "
+            f"types or more, {', '.join(roles[:4])}: measure them too"
+        )
 
 
 def predict(
@@ -132,7 +172,7 @@ def predict(
 
     Raises:
         BadFile: `logits_base` is of another text, model or engine.
-        EngineError: the engine failed.
+        EngineError: the engine failed, or the anchor does nothing.
     """
     probed = planned.probed
     request = {
@@ -146,9 +186,12 @@ def predict(
         "threads": threads,
     }
     found: dict[str, Any] = child.run("quantmix.engine.probing:mix_task", request, on_event)
+    if found["kld"] <= 10.0 * probed.measured.noise_floor:
+        raise EngineError(f"the anchor mix shows a KLD of {found['kld']:.1e} only: it is noise")
     factor = found["kld"] / planned.anchor_kld
     value = planned.anchored_kld * factor
-    reach = math.exp(_QUANTILE * math.hypot(_LN_SD, found["kld_err"] / found["kld"]))
+    sd = math.hypot(_LN_SD, _LN_SD_PER_LN * planned.distance, found["kld_err"] / found["kld"])
+    reach = math.exp(_QUANTILE * sd)
     return AnchoredKld(
         kld=value,
         kld_low=value / reach,
@@ -165,17 +208,20 @@ def predict(
 def anchor_mix(
     model: Model, loss: MeasuredModel, measured: Measurements, mix: list[GgmlType | None]
 ) -> list[GgmlType | None]:
-    """Return per tensor the probed type nearest in damage to its own, and not its own.
+    """Return per tensor the probed type nearest in damage to its own, and quantized otherwise.
 
-    Nearest in ln damage; None where the tensor is kept, or nothing else was probed on its role.
+    Nearest in ln damage; an interleaved type counts as its base. None where the tensor is kept or
+    not loaded, or nothing else was probed on its role.
 
     Raises:
         UsageError: that leaves nothing.
     """
     probed: dict[str, set[str]] = defaultdict(set)
     for p in measured.probes:
-        if p.scope == "role" and not p.fallbacks:
+        if p.scope == "role" and not p.layers and not p.fallbacks:
             probed[p.role].add(p.type)
+    if not probed:
+        raise UsageError("an anchor needs probes of whole roles: measure --by role")
     names = sorted(set().union(*probed.values()))
     own = [q for q in mix if q is not None]
     kinds = list({q.name: q for q in (*map(get, names), *own)}.values())
@@ -183,8 +229,8 @@ def anchor_mix(
     cells = np.log(np.maximum(loss.damage(model, kinds), 1e-12))
     out: list[GgmlType | None] = []
     for i, (tensor, qtype) in enumerate(zip(model.tensors, mix, strict=True)):
-        choice = sorted(probed[tensor.role] - {qtype.name}) if qtype is not None else []
-        if qtype is None or not qtype.is_quantized or not choice:
+        choice = _others(probed[tensor.role], qtype) if tensor.loaded else []
+        if qtype is None or not choice:
             out.append(None)
             continue
         wanted = cells[i, column[qtype.name]]
@@ -192,6 +238,21 @@ def anchor_mix(
     if not any(out):
         raise UsageError("an anchor needs a second type: measure every role at two types or more")
     return out
+
+
+def _others(names: set[str], qtype: GgmlType | None) -> list[str]:
+    """Return the types of `names` whose quantization is not that of `qtype`."""
+    if qtype is None:
+        return []
+    own = curve.own_name(qtype)
+    return sorted(n for n in names if curve.own_name(get(n)) != own)
+
+
+def _sha256(path: Path) -> str:
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as err:
+        raise BadFile(f"{path} cannot be read: {err.strerror}") from err
 
 
 def _type(name: str | None) -> GgmlType | None:

@@ -153,6 +153,8 @@ def load(path: str | Path) -> Measurements:
             failed=tuple(Failed(**{**p, "layers": tuple(p["layers"])}) for p in doc["failed"]),
             errors=tuple(TensorError(**e) for e in doc["errors"]),
         )
+        if not all(isinstance(p.type, str) and isinstance(p.role, str) for p in made.probes):
+            raise BadFile(f"{file} holds a probe whose type or role is no name")
         if not all(math.isfinite(p.kld) and math.isfinite(p.err) for p in made.probes):
             raise BadFile(f"{file} holds a probe that is no finite number")
     except (KeyError, TypeError) as err:

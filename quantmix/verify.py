@@ -21,7 +21,7 @@ from quantmix.engine.perplexity import Evaluation, evaluate, read_corpus
 from quantmix.engine.quantize import compare
 from quantmix.engine.scores import Scores
 from quantmix.engine.weights import WeightsFile, open_weights
-from quantmix.errors import BadFile, UsageError
+from quantmix.errors import BadFile, QuantmixError, UsageError
 from quantmix.ggml.types import Engine
 from quantmix.recipe import Recipe
 from quantmix.recipe import load as load_recipe
@@ -48,13 +48,18 @@ class Predicted:
 
 @dataclass(frozen=True)
 class Verified:
-    """A measured file; `kld_here` is the KLD that own probes predict for this very text."""
+    """A measured file.
+
+    `kld_here` is the KLD that own probes predict for this very text, `kld_why` says why they could
+    not, though asked to.
+    """
 
     weights: WeightsFile
     evaluation: Evaluation
     predicted: Predicted | None
     n_elements: int
     kld_here: AnchoredKld | None = None
+    kld_why: str = ""
 
     @property
     def tensor_bytes(self) -> int:
@@ -174,16 +179,20 @@ def verify(
         verified = Verified(weights, found, predicted, n_elements)
         store.add(_row(verified, base))
         if planned and logits_base:
-            here = anchor.predict(
-                planned,
-                Path(corpus),
-                Path(logits_base),
-                chunks=found.chunks,
-                n_ctx=n_ctx,
-                threads=threads,
-                on_event=on_event,
-            )
-            verified = replace(verified, kld_here=here)
+            try:
+                here = anchor.predict(
+                    planned,
+                    Path(corpus),
+                    Path(logits_base),
+                    chunks=found.chunks,
+                    n_ctx=n_ctx,
+                    threads=threads,
+                    on_event=on_event,
+                )
+                verified = replace(verified, kld_here=here)
+            except QuantmixError as err:
+                # What was measured stands, perhaps after hours.
+                verified = replace(verified, kld_why=str(err))
     return verified
 
 
@@ -208,8 +217,13 @@ def _plan_anchor(
     if base is None:
         raise UsageError("--measurements predicts a KLD: give the unquantized GGUF by --base")
     if engine != "ik" or llama_bin:
-        raise UsageError("--measurements needs the packaged ik engine: leave out --llama-bin")
-    return anchor.plan(anchor.open_probed(Path(base), probed, imatrix), weights.types())
+        raise UsageError(
+            "--measurements needs the packaged ik engine: use neither --engine nor --llama-bin"
+        )
+    known = anchor.open_probed(Path(base), probed, imatrix)
+    if weights.model_fingerprint != known.measured.model:
+        raise BadFile(f"{base} is not the base of {weights.path}: names, shapes or norms differ")
+    return anchor.plan(known, weights.types())
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from quantmix import anchor, measure, measurements, verify
 from quantmix.engine.imatrix import collect
 from quantmix.engine.quantize import preflight, quantize
 from quantmix.engine.weights import open_weights
-from quantmix.errors import BadFile, UsageError
+from quantmix.errors import BadFile, EngineError, UsageError
 from quantmix.texts import text
 
 pytestmark = pytest.mark.engine
@@ -61,8 +61,8 @@ def _verify(bench: Bench, tmp_path: Path, **more: object) -> verify.Verified:
 
 def test_the_anchor_shares_no_type_with_the_mix(bench: Bench) -> None:
     """Every quantized tensor has another type in the anchor, one that was probed."""
-    types = open_weights(bench.file).types()
-    planned = anchor.plan(anchor.open_probed(bench.source, bench.probes, bench.imatrix), types)
+    types = _types(bench)
+    planned = anchor.plan(_probed(bench), types)
     assert set(planned.mix) == {n for n, q in types.items() if q in ("q4_K", "iq3_k")}
     assert all(planned.mix[n] != types[n] for n in planned.mix)
     assert set(planned.mix.values()) <= {"q3_K", "q4_K", "iq3_k"}
@@ -75,8 +75,8 @@ def test_the_kld_on_another_text_is_predicted(bench: Bench, tmp_path: Path) -> N
     assert here is not None
     assert measured is not None
     assert here.kld == pytest.approx(measured.mean, rel=0.15)
+    assert here.kld_low < measured.mean < here.kld_high
     assert here.kld == pytest.approx(here.probes_kld * here.text_factor)
-    assert here.kld_low < here.kld < here.kld_high
     assert here.anchor_kld != pytest.approx(measured.mean, rel=1e-6)
     assert 0.0 < here.forward_seconds < here.seconds
     assert found.to_json()["predicted_kld"]["kld"] == here.kld
@@ -84,14 +84,53 @@ def test_the_kld_on_another_text_is_predicted(bench: Bench, tmp_path: Path) -> N
 
 
 def test_stored_log_probabilities_are_used_and_kept(bench: Bench, tmp_path: Path) -> None:
-    """`--logits-base` serves the file and its anchor; without it nothing is left behind."""
+    """`--logits-base` serves the file and its anchor, and a second run leaves it as it is."""
     stored = tmp_path / "base.lp"
     first = _verify(bench, tmp_path, logits_base=stored)
-    assert stored.exists()
-    again = _verify(bench, tmp_path)
+    made = stored.stat()
+    again = _verify(bench, tmp_path, logits_base=stored)
+    assert (stored.stat().st_mtime_ns, stored.stat().st_ino) == (made.st_mtime_ns, made.st_ino)
     assert first.kld_here is not None
     assert again.kld_here is not None
     assert again.kld_here.kld == pytest.approx(first.kld_here.kld, rel=1e-6)
+
+
+def test_an_interleaved_type_is_its_base(bench: Bench) -> None:
+    """The same quantization under another name would measure the mix, not predict it."""
+    types = {n: "iq3_k_r4" if q == "iq3_k" else q for n, q in _types(bench).items()}
+    planned = anchor.plan(_probed(bench), types)
+    swapped = {n for n, q in types.items() if q == "iq3_k_r4"}
+    assert swapped
+    assert {planned.mix[n] for n in swapped} <= {"q3_K", "q4_K"}
+
+
+def test_types_far_from_the_probes_widen_the_interval(bench: Bench) -> None:
+    """Probes at three and four bits say little of q8_0: the plan knows how far it is."""
+    near = anchor.plan(_probed(bench), _types(bench))
+    high = {n: "q8_0" if q in ("q4_K", "iq3_k") else q for n, q in _types(bench).items()}
+    assert near.distance < 1.0 < anchor.plan(_probed(bench), high).distance
+
+
+def test_an_anchor_that_fails_loses_nothing(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was measured is returned and stored, with the reason for the missing prediction."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise EngineError("out of memory")
+
+    monkeypatch.setattr(anchor, "predict", fail)
+    found = _verify(bench, tmp_path)
+    assert found.evaluation.divergence is not None
+    assert (found.kld_here, found.kld_why) == (None, "out of memory")
+
+
+def _probed(bench: Bench) -> anchor.Probed:
+    return anchor.open_probed(bench.source, bench.probes, bench.imatrix)
+
+
+def _types(bench: Bench) -> dict[str, str]:
+    return dict(open_weights(bench.file).types())
 
 
 def test_what_does_not_belong_together_is_refused(bench: Bench, tmp_path: Path) -> None:
@@ -105,12 +144,29 @@ def test_what_does_not_belong_together_is_refused(bench: Bench, tmp_path: Path) 
     foreign.write_bytes(bench.imatrix.read_bytes()[:-4] + b"abcd")
     with pytest.raises(BadFile, match="another imatrix"):
         _verify(bench, tmp_path, imatrix=foreign)
+    with pytest.raises(BadFile, match="cannot be read"):
+        _verify(bench, tmp_path, imatrix=tmp_path / "none.dat")
+    with pytest.raises(BadFile, match="cannot be read"):
+        _verify(bench, tmp_path, imatrix=tmp_path)
     with pytest.raises(UsageError, match="by --base"):
         _verify(bench, tmp_path, base=None)
     with pytest.raises(UsageError, match="packaged ik engine"):
         _verify(bench, tmp_path, engine="mainline")
     with pytest.raises(UsageError, match="belongs to --measurements"):
         _verify(bench, tmp_path, probed=None)
+
+
+def test_what_the_probes_do_not_know_is_said(bench: Bench, tmp_path: Path) -> None:
+    """Nothing quantized, and a mix whose damage lies mostly in roles that were not measured."""
+    floats = dict.fromkeys(_types(bench), "f16")
+    with pytest.raises(UsageError, match="nothing in the file is quantized"):
+        anchor.plan(_probed(bench), floats)
+    known = measurements.load(bench.probes)
+    few = replace(known, probes=tuple(p for p in known.probes if p.role == "attn_v"))
+    alone = tmp_path / "few.json"
+    measurements.save(few, alone)
+    with pytest.raises(UsageError, match="measure them too"):
+        _verify(bench, tmp_path, probed=alone)
 
 
 def test_one_probed_type_is_not_enough(bench: Bench, tmp_path: Path) -> None:

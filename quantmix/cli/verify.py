@@ -59,7 +59,7 @@ def verify(
         typer.Option(
             "--measurements",
             help="What `quantmix measure` wrote for --base: predicts the KLD on this text, "
-            "at the cost of one more pass.",
+            "for one more pass and, without --logits-base, temporary disk.",
         ),
     ] = None,
     imatrix: Annotated[
@@ -127,6 +127,8 @@ def _show(found: Verified, screen: Console) -> None:
             f"{k.text_factor:.3f}: what this text does to a mix of other types)",
             markup=False,
         )
+    if found.kld_why:
+        screen.print(f"no KLD predicted: {found.kld_why}", markup=False)
     p = found.predicted
     if p is None or p.ppl is None:
         return

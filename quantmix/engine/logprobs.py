@@ -117,7 +117,7 @@ def create(path: Path, info: BaseInfo) -> Iterator[BaseWriter]:
     if free < need + (64 << 20):
         raise UsageError(
             f"{path.parent} has {gib(free)} free, the base log-probabilities need {gib(need)}: "
-            "free some, use fewer --chunks, or leave --logits-base out"
+            "free some, use fewer --chunks, or name another place by --logits-base"
         )
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     head = json.dumps(asdict(info)).encode()
