@@ -137,7 +137,7 @@ def _by_somebody(
     note = (
         "types alternate from layer to layer, as where each tensor was measured first: such "
         "recipes measure better than depth tells "
-        f"(PPL {math.expm1(plain.ln_ppl_ratio):+.1%} were it chance)"
+        f"(were it chance: PPL {math.expm1(plain.ln_ppl_ratio):+.1%} over the unquantized model)"
     )
     quality = replace(
         quality,
@@ -217,5 +217,8 @@ def _lines(path: Path) -> list[str]:
             doc = json.loads(text)
         except ValueError as err:
             raise BadFile(f"{path} is not JSON: {err}") from err
-        return [str(rule) for rule in doc.get("rules", ())]
+        rules = doc.get("rules")
+        if not isinstance(rules, list) or not all(isinstance(r, str) for r in rules):
+            raise BadFile(f"{path} has no list `rules` of regex=type lines")
+        return rules
     return text.splitlines()

@@ -75,6 +75,27 @@ def test_a_foreign_mix_made_by_class_is_predicted_as_any(r1: Model) -> None:
     assert predict.predict(r1, asked, foreign=True) == predict.predict(r1, asked)
 
 
+def test_a_stock_preset_is_predicted_as_any(r1: Model) -> None:
+    """Q4_K_M's pattern (every third middle layer better) is a rule; so is our own shipped mix."""
+    asked = {
+        t.name: "q6_K"
+        if t.role in ("ffn_down_exps", "attn_output") and _more_bits(t.layer or 0, 61)
+        else "q4_K"
+        for t in r1.tensors
+        if t.quantizable
+    }
+    assert predict.predict(r1, asked, foreign=True) == predict.predict(r1, asked)
+    shipped = Path(__file__).parent.parent / "recipes" / "qwen3-235b-a22b-96G"
+    qwen = load_model("qwen3-235b-a22b")
+    ours = predict.read_mix(shipped / "rules.txt", qwen)
+    assert predict.predict(qwen, ours, foreign=True) == predict.predict(qwen, ours)
+
+
+def _more_bits(layer: int, n: int) -> bool:
+    """llama-quantize's `use_more_bits`."""
+    return layer < n // 8 or layer >= 7 * n // 8 or (layer - n // 8) % 3 == 2
+
+
 def test_what_is_no_mix_is_refused(tmp_path: Path, r1: Model) -> None:
     """Missing files, foreign rules and unknown types are told apart."""
     with pytest.raises(BadFile):
@@ -83,6 +104,10 @@ def test_what_is_no_mix_is_refused(tmp_path: Path, r1: Model) -> None:
     file.write_text("^nothing$=q8_0\n")
     with pytest.raises(UsageError, match="is it for that model"):
         predict.read_mix(file, r1)
+    for odd in ('{"rules": null}', '{"rules": [5]}', "{}"):
+        file.write_text(odd)
+        with pytest.raises(BadFile, match="no list `rules`"):
+            predict.read_mix(file, r1)
     with pytest.raises(UnknownName):
         predict.uniform(r1, "q9")
 

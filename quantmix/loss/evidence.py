@@ -19,7 +19,7 @@ import numpy as np
 
 from quantmix.errors import BadFile, QuantmixError, UsageError
 from quantmix.ggml.types import ENGINES, table
-from quantmix.loss import features, mixes, prior
+from quantmix.loss import features, mixes, prior, solved
 from quantmix.loss.calibrate import Hyper, Row, hyper
 from quantmix.loss.model import FloatArray
 from quantmix.models.catalog import catalog, find
@@ -241,15 +241,12 @@ def own_bench(model: Model, share: FloatArray, measured: Sequence[Measurement]) 
         return None
     chosen = max(groups.values(), key=lambda g: len({m.mix for m in g}))
     ln_base = float(np.mean([np.log(m.ppl) - (m.ln_ratio or 0.0) for m in chosen]))
-    rows = {
-        m.mix: Row(
-            id=m.file,
-            w=features.of_types(model, share, _own_types(model, m)),
-            ln_ppl=ln_base + (m.ln_ratio or 0.0),
-            bpw=m.bpw,
-        )
-        for m in chosen
-    }
+    rows = {}
+    for m in chosen:
+        types = _own_types(model, m)
+        tilted = solved.shares(model, share, types, hyper().solved)
+        w = features.of_types(model, tilted, types)
+        rows[m.mix] = Row(id=m.file, w=w, ln_ppl=ln_base + (m.ln_ratio or 0.0), bpw=m.bpw)
     return Bench(model.id, ln_base, _BASE_SD, True, tuple(rows.values()))
 
 

@@ -29,8 +29,19 @@ def _mix(model: Model, low: set[int]) -> list[str | None]:
 
 def test_sorted_types_do_not_alternate() -> None:
     """Rising, falling and one bump over the depth count as no alternation; a zigzag does."""
-    assert solved.alternation(np.array([1.0, 1, 2, 2, 3, 3, 3, 2, 1, 1])) == 0.0
-    assert solved.alternation(np.array([1.0, 2, 1, 2, 1, 2, 1, 2, 1, 2])) == pytest.approx(7 / 9)
+    assert solved.surplus(np.array([1.0, 1, 2, 2, 3, 3, 3, 2, 1, 1])) == 0
+    assert solved.surplus(np.array([1.0, 2, 1, 2, 1, 2, 1, 2, 1, 2])) == 7
+
+
+@pytest.mark.parametrize("n", [28, 32, 48, 61, 94])
+def test_the_presets_of_llama_quantize_are_no_solved_recipes(n: int) -> None:
+    """First and last eighth and every third layer between: a rule that knows nothing of a model."""
+    layers = range(n)
+    more = [i < n // 8 or i >= 7 * n // 8 or (i - n // 8) % 3 == 2 for i in layers]
+    assert solved.surplus(np.array(more, dtype=np.float64)) > 4
+    assert not solved.is_solved(np.array(more, dtype=np.float64))
+    drawn = np.random.default_rng(n).random(n) < 0.4
+    assert solved.is_solved(drawn.astype(np.float64))
 
 
 def test_a_mix_by_depth_keeps_its_shares(model: Model) -> None:
