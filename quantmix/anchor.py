@@ -38,10 +38,11 @@ from quantmix.models.model import Model
 from quantmix.models.sources import load_model
 
 # Spread of ln(predicted / measured KLD) where anchor and mix have about the same damage: nine files
-# and texts in docs/measuring.md. And per unit of ln(damage of the mix / of the anchor): uniform
-# q8_0, q6_K and iq2_xxs from probes at three and four bits on a small random model (0.15 to 0.5).
-_LN_SD: Final = 0.05
-_LN_SD_PER_LN: Final = 0.35
+# and texts in docs/measuring.md. Per unit of ln(damage of mix / of anchor): a text hits low and
+# high bits differently (uniform iq3_ks, iq4_ks, q5_K on `test.txt`: 1.27, 1.46, 1.46 times the
+# probes'). And per unit that types lie beyond all that was probed: uniform q8_0, q6_K and iq2_xxs
+# from probes at three and four bits on a small random model (0.15 to 0.5).
+_LN_SD, _LN_SD_APART, _LN_SD_BEYOND = 0.05, 0.12, 0.35
 # Tensors without an anchor may take so much of the mix's damage.
 _MAY_BE_OPEN: Final = 0.1
 _QUANTILE: Final = 1.645
@@ -106,15 +107,18 @@ class Plan:
 
     Attributes:
         mix: tensor → type of the anchor.
-        distance: |ln| of the damage of the mix over that of the anchor, the larger of the whole
-            and of the mean over tensors.
+        apart: |ln| of the damage of the mix over that of the anchor, the larger of the whole and
+            of the mean over tensors.
+        beyond: how far in ln damage types lie outside what was probed on their role, mean over
+            tensors.
     """
 
     probed: Probed
     mix: dict[str, str]
     anchor_kld: float
     anchored_kld: float
-    distance: float
+    apart: float
+    beyond: float
 
 
 def plan(probed: Probed, types: Mapping[str, str]) -> Plan:
@@ -130,7 +134,7 @@ def plan(probed: Probed, types: Mapping[str, str]) -> Plan:
     mix = [_type(types.get(t.name)) if t.quantizable else None for t in model.tensors]
     if not any(mix):
         raise UsageError("nothing in the file is quantized: there is no KLD to predict")
-    other = anchor_mix(model, loss, probed.measured, mix)
+    other, beyond = anchor_mix(model, loss, probed.measured, mix)
     own, theirs = (mix_damage(loss, model, m) for m in (mix, other))
     covered = np.array([q is not None for q in other])
     _require_cover(model, own, covered)
@@ -138,9 +142,10 @@ def plan(probed: Probed, types: Mapping[str, str]) -> Plan:
     if min(anchored, anchor) <= 10.0 * probed.measured.noise_floor:
         raise UsageError("the probes show no damage above their noise: measure at lower types")
     each = np.abs(np.log(np.maximum(own, _TINY) / np.maximum(theirs, _TINY)))
-    apart = float((each * own)[covered].sum() / own[covered].sum())
+    weight = own * covered / own[covered].sum()
+    apart = max(float((each * weight).sum()), abs(math.log(anchored / anchor)))
     names = {t.name: q.name for t, q in zip(model.tensors, other, strict=True) if q}
-    return Plan(probed, names, anchor, anchored, max(apart, abs(math.log(anchored / anchor))))
+    return Plan(probed, names, anchor, anchored, apart, float((beyond * weight).sum()))
 
 
 def _require_cover(model: Model, damage: FloatArray, covered: NDArray[np.bool_]) -> None:
@@ -190,7 +195,8 @@ def predict(
         raise EngineError(f"the anchor mix shows a KLD of {found['kld']:.1e} only: it is noise")
     factor = found["kld"] / planned.anchor_kld
     value = planned.anchored_kld * factor
-    sd = math.hypot(_LN_SD, _LN_SD_PER_LN * planned.distance, found["kld_err"] / found["kld"])
+    apart, beyond = _LN_SD_APART * planned.apart, _LN_SD_BEYOND * planned.beyond
+    sd = math.hypot(_LN_SD, apart, beyond, found["kld_err"] / found["kld"])
     reach = math.exp(_QUANTILE * sd)
     return AnchoredKld(
         kld=value,
@@ -207,11 +213,12 @@ def predict(
 
 def anchor_mix(
     model: Model, loss: MeasuredModel, measured: Measurements, mix: list[GgmlType | None]
-) -> list[GgmlType | None]:
+) -> tuple[list[GgmlType | None], FloatArray]:
     """Return per tensor the probed type nearest in damage to its own, and quantized otherwise.
 
     Nearest in ln damage; an interleaved type counts as its base. None where the tensor is kept or
-    not loaded, or nothing else was probed on its role.
+    not loaded, or nothing else was probed on its role. Second, per tensor how far in ln damage its
+    own type lies outside all that was probed on its role, shape (n_tensors,).
 
     Raises:
         UsageError: that leaves nothing.
@@ -228,16 +235,19 @@ def anchor_mix(
     column = {q.name: j for j, q in enumerate(kinds)}
     cells = np.log(np.maximum(loss.damage(model, kinds), 1e-12))
     out: list[GgmlType | None] = []
+    beyond = np.zeros(len(mix))
     for i, (tensor, qtype) in enumerate(zip(model.tensors, mix, strict=True)):
         choice = _others(probed[tensor.role], qtype) if tensor.loaded else []
         if qtype is None or not choice:
             out.append(None)
             continue
         wanted = cells[i, column[qtype.name]]
+        known = cells[i, [column[n] for n in probed[tensor.role]]]
+        beyond[i] = max(float(known.min() - wanted), float(wanted - known.max()), 0.0)
         out.append(get(min(choice, key=lambda n: abs(float(cells[i, column[n]] - wanted)))))
     if not any(out):
         raise UsageError("an anchor needs a second type: measure every role at two types or more")
-    return out
+    return out, beyond
 
 
 def _others(names: set[str], qtype: GgmlType | None) -> list[str]:

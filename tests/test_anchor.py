@@ -108,7 +108,10 @@ def test_types_far_from_the_probes_widen_the_interval(bench: Bench) -> None:
     """Probes at three and four bits say little of q8_0: the plan knows how far it is."""
     near = anchor.plan(_probed(bench), _types(bench))
     high = {n: "q8_0" if q in ("q4_K", "iq3_k") else q for n, q in _types(bench).items()}
-    assert near.distance < 1.0 < anchor.plan(_probed(bench), high).distance
+    far = anchor.plan(_probed(bench), high)
+    assert near.beyond == pytest.approx(0.0)
+    assert near.apart < 1.0 < far.apart
+    assert far.beyond > 1.0
 
 
 def test_an_anchor_that_fails_loses_nothing(
