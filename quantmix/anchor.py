@@ -7,7 +7,8 @@ predicted: every tensor at the probed type nearest in damage to its own, and qua
     KLD(mix, text) = KLD_probes(mix) · KLD(anchor, text) / KLD_probes(anchor)
 
 a ratio estimate: what the probes say of both mixes, times what the text does to the anchor. The
-anchor is set by hot swap in the loaded base, so it costs one pass over the text and no file.
+anchor is set by hot swap in the loaded base: one pass over the text, no quantized file, and the
+base's log-probabilities on disk to compare with.
 """
 
 from __future__ import annotations
@@ -38,10 +39,11 @@ from quantmix.models.model import Model
 from quantmix.models.sources import load_model
 
 # Spread of ln(predicted / measured KLD) where anchor and mix have about the same damage: nine files
-# and texts in docs/measuring.md. Per unit of ln(damage of mix / of anchor): a text hits low and
-# high bits differently (uniform iq3_ks, iq4_ks, q5_K on `test.txt`: 1.27, 1.46, 1.46 times the
-# probes'). And per unit that types lie beyond all that was probed: uniform q8_0, q6_K and iq2_xxs
-# from probes at three and four bits on a small random model (0.15 to 0.5).
+# and texts in docs/measuring.md, 0.95 to 1.04. Per unit of ln(damage of mix / of anchor): a text
+# hits low and high bits differently (uniform iq3_ks, iq4_ks, q5_K on `test.txt`: 1.27, 1.46, 1.46
+# times the probes': 0.09, rounded up). And per unit that types lie beyond all that was probed:
+# uniform q8_0, q6_K and iq2_xxs from probes at three and four bits on a small random model (0.15
+# to 0.5; tests/test_anchor.py).
 _LN_SD, _LN_SD_APART, _LN_SD_BEYOND = 0.05, 0.12, 0.35
 # Tensors without an anchor may take so much of the mix's damage.
 _MAY_BE_OPEN: Final = 0.1
@@ -106,7 +108,8 @@ class Plan:
     """An anchor for one mix, and what the probes say of both (nats, on their own text).
 
     Attributes:
-        mix: tensor → type of the anchor.
+        types: tensor → type of the anchor.
+        anchor_kld, mix_kld: of the anchor, and of the mix to be predicted.
         apart: |ln| of the damage of the mix over that of the anchor, the larger of the whole and
             of the mean over tensors.
         beyond: how far in ln damage types lie outside what was probed on their role, mean over
@@ -114,9 +117,9 @@ class Plan:
     """
 
     probed: Probed
-    mix: dict[str, str]
+    types: dict[str, str]
     anchor_kld: float
-    anchored_kld: float
+    mix_kld: float
     apart: float
     beyond: float
 
@@ -138,14 +141,14 @@ def plan(probed: Probed, types: Mapping[str, str]) -> Plan:
     own, theirs = (mix_damage(loss, model, m) for m in (mix, other))
     covered = np.array([q is not None for q in other])
     _require_cover(model, own, covered)
-    anchored, anchor = loss.kld(float(own.sum())), loss.kld(float(theirs.sum()))
-    if min(anchored, anchor) <= 10.0 * probed.measured.noise_floor:
+    here, there = loss.kld(float(own.sum())), loss.kld(float(theirs.sum()))
+    if min(here, there) <= 10.0 * probed.measured.noise_floor:
         raise UsageError("the probes show no damage above their noise: measure at lower types")
     each = np.abs(np.log(np.maximum(own, _TINY) / np.maximum(theirs, _TINY)))
     weight = own * covered / own[covered].sum()
-    apart = max(float((each * weight).sum()), abs(math.log(anchored / anchor)))
+    apart = max(float((each * weight).sum()), abs(math.log(here / there)))
     names = {t.name: q.name for t, q in zip(model.tensors, other, strict=True) if q}
-    return Plan(probed, names, anchor, anchored, apart, float((beyond * weight).sum()))
+    return Plan(probed, names, there, here, apart, float((beyond * weight).sum()))
 
 
 def _require_cover(model: Model, damage: FloatArray, covered: NDArray[np.bool_]) -> None:
@@ -185,7 +188,7 @@ def predict(
         "corpus": str(corpus),
         "imatrix": str(probed.imatrix) if probed.imatrix else None,
         "logits_base": str(logits_base),
-        "mix": planned.mix,
+        "mix": planned.types,
         "n_ctx": n_ctx,
         "chunks": chunks,
         "threads": threads,
@@ -194,7 +197,7 @@ def predict(
     if found["kld"] <= 10.0 * probed.measured.noise_floor:
         raise EngineError(f"the anchor mix shows a KLD of {found['kld']:.1e} only: it is noise")
     factor = found["kld"] / planned.anchor_kld
-    value = planned.anchored_kld * factor
+    value = planned.mix_kld * factor
     apart, beyond = _LN_SD_APART * planned.apart, _LN_SD_BEYOND * planned.beyond
     sd = math.hypot(_LN_SD, apart, beyond, found["kld_err"] / found["kld"])
     reach = math.exp(_QUANTILE * sd)
@@ -202,7 +205,7 @@ def predict(
         kld=value,
         kld_low=value / reach,
         kld_high=value * reach,
-        probes_kld=planned.anchored_kld,
+        probes_kld=planned.mix_kld,
         text_factor=factor,
         anchor_kld=found["kld"],
         anchor_err=found["kld_err"],
@@ -233,7 +236,7 @@ def anchor_mix(
     own = [q for q in mix if q is not None]
     kinds = list({q.name: q for q in (*map(get, names), *own)}.values())
     column = {q.name: j for j, q in enumerate(kinds)}
-    cells = np.log(np.maximum(loss.damage(model, kinds), 1e-12))
+    cells = np.log(np.maximum(loss.damage(model, kinds), _TINY))
     out: list[GgmlType | None] = []
     beyond = np.zeros(len(mix))
     for i, (tensor, qtype) in enumerate(zip(model.tensors, mix, strict=True)):

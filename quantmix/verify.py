@@ -50,8 +50,8 @@ class Predicted:
 class Verified:
     """A measured file.
 
-    `kld_here` is the KLD that own probes predict for this very text, `kld_why` says why they could
-    not, though asked to.
+    `kld_here` is the KLD that own probes predict for this very text, `kld_error` what kept them
+    from it, though asked to.
     """
 
     weights: WeightsFile
@@ -59,7 +59,7 @@ class Verified:
     predicted: Predicted | None
     n_elements: int
     kld_here: AnchoredKld | None = None
-    kld_why: str = ""
+    kld_error: QuantmixError | None = None
 
     @property
     def tensor_bytes(self) -> int:
@@ -191,8 +191,8 @@ def verify(
                 )
                 verified = replace(verified, kld_here=here)
             except QuantmixError as err:
-                # What was measured stands, perhaps after hours.
-                verified = replace(verified, kld_why=str(err))
+                # What was measured stands, perhaps after hours; the caller reports the rest.
+                verified = replace(verified, kld_error=err)
     return verified
 
 

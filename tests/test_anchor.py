@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import typer
+from typer.testing import CliRunner
 
 sys.path.insert(0, str(Path(__file__).parent / "engine"))
 
@@ -14,10 +17,12 @@ from mixes import mix_of, recipe_of
 from tiny import write_tiny
 
 from quantmix import anchor, measure, measurements, verify
+from quantmix.cli import verify as cli
 from quantmix.engine.imatrix import collect
 from quantmix.engine.quantize import preflight, quantize
 from quantmix.engine.weights import open_weights
 from quantmix.errors import BadFile, EngineError, UsageError
+from quantmix.store import Store
 from quantmix.texts import text
 
 pytestmark = pytest.mark.engine
@@ -51,21 +56,23 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     return Bench(tmp_path_factory.mktemp("anchor"))
 
 
-def _verify(bench: Bench, tmp_path: Path, **more: object) -> verify.Verified:
+def _verify(
+    bench: Bench, tmp_path: Path, target: Path | None = None, **more: object
+) -> verify.Verified:
     arguments: dict[str, object] = {
         "base": bench.source, "probed": bench.probes, "imatrix": bench.imatrix, **more
     }  # fmt: skip
-    target = verify.find_target(bench.file)
-    return verify.verify(target, bench.other, threads=1, db=tmp_path / "s.db", **arguments)  # type: ignore[arg-type]
+    asked = verify.find_target(target or bench.file)
+    return verify.verify(asked, bench.other, threads=1, db=tmp_path / "s.db", **arguments)  # type: ignore[arg-type]
 
 
 def test_the_anchor_shares_no_type_with_the_mix(bench: Bench) -> None:
     """Every quantized tensor has another type in the anchor, one that was probed."""
     types = _types(bench)
     planned = anchor.plan(_probed(bench), types)
-    assert set(planned.mix) == {n for n, q in types.items() if q in ("q4_K", "iq3_k")}
-    assert all(planned.mix[n] != types[n] for n in planned.mix)
-    assert set(planned.mix.values()) <= {"q3_K", "q4_K", "iq3_k"}
+    assert set(planned.types) == {n for n, q in types.items() if q in ("q4_K", "iq3_k")}
+    assert all(planned.types[n] != types[n] for n in planned.types)
+    assert set(planned.types.values()) <= {"q3_K", "q4_K", "iq3_k"}
 
 
 def test_the_kld_on_another_text_is_predicted(bench: Bench, tmp_path: Path) -> None:
@@ -101,23 +108,32 @@ def test_an_interleaved_type_is_its_base(bench: Bench) -> None:
     planned = anchor.plan(_probed(bench), types)
     swapped = {n for n, q in types.items() if q == "iq3_k_r4"}
     assert swapped
-    assert {planned.mix[n] for n in swapped} <= {"q3_K", "q4_K"}
+    assert {planned.types[n] for n in swapped} <= {"q3_K", "q4_K"}
 
 
-def test_types_far_from_the_probes_widen_the_interval(bench: Bench) -> None:
-    """Probes at three and four bits say little of q8_0: the plan knows how far it is."""
+@pytest.mark.parametrize("qtype", ["q8_0", "q6_K", "iq2_xxs"])
+def test_types_far_from_the_probes_widen_the_interval(
+    bench: Bench, tmp_path: Path, qtype: str
+) -> None:
+    """Probes at three and four bits say little of others: the interval holds what is measured."""
     near = anchor.plan(_probed(bench), _types(bench))
-    high = {n: "q8_0" if q in ("q4_K", "iq3_k") else q for n, q in _types(bench).items()}
-    far = anchor.plan(_probed(bench), high)
     assert near.beyond == pytest.approx(0.0)
-    assert near.apart < 1.0 < far.apart
-    assert far.beyond > 1.0
+    recipe = recipe_of(bench.source, mix_of(open_weights(bench.source), lambda *_: qtype))
+    far = tmp_path / "far.gguf"
+    quantize(preflight(recipe, bench.source, far, imatrix=bench.imatrix), threads=1)
+    planned = anchor.plan(_probed(bench), open_weights(far).types())
+    assert planned.beyond > 0.3
+    assert planned.apart > near.apart
+    found = _verify(bench, tmp_path, target=far)
+    assert found.kld_here is not None
+    assert found.evaluation.divergence is not None
+    assert found.kld_here.kld_low < found.evaluation.divergence.mean < found.kld_here.kld_high
 
 
 def test_an_anchor_that_fails_loses_nothing(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What was measured is returned and stored, with the reason for the missing prediction."""
+    """What was measured is printed and stored; then the error is reported, with its exit code."""
 
     def fail(*_: object, **__: object) -> None:
         raise EngineError("out of memory")
@@ -125,7 +141,20 @@ def test_an_anchor_that_fails_loses_nothing(
     monkeypatch.setattr(anchor, "predict", fail)
     found = _verify(bench, tmp_path)
     assert found.evaluation.divergence is not None
-    assert (found.kld_here, found.kld_why) == (None, "out of memory")
+    assert found.kld_here is None
+    assert isinstance(found.kld_error, EngineError)
+    with Store(tmp_path / "s.db") as store:
+        assert len(store.find()) == 1
+    app = typer.Typer()
+    cli.register(app)
+    done = CliRunner().invoke(app, [
+        str(bench.file), "--corpus", str(bench.other), "--base", str(bench.source),
+        "--measurements", str(bench.probes), "--imatrix", str(bench.imatrix), "--threads", "1",
+        "--db", str(tmp_path / "s.db"), "--json", "--quiet",
+    ])  # fmt: skip
+    assert json.loads(done.stdout)["kld"]["mean"] > 0.0
+    assert "out of memory" in done.stderr
+    assert done.exit_code == EngineError.exit_code
 
 
 def _probed(bench: Bench) -> anchor.Probed:

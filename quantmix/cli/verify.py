@@ -100,6 +100,8 @@ def verify(
     if as_json:
         print_json(found.to_json())
     _show(found, screen)
+    if found.kld_error:
+        raise found.kld_error
     if strict and found.predicted and found.predicted.holds is False:
         raise CheckFailed("the measured perplexity lies outside the predicted interval")
 
@@ -127,8 +129,6 @@ def _show(found: Verified, screen: Console) -> None:
             f"{k.text_factor:.3f}: what this text does to a mix of other types)",
             markup=False,
         )
-    if found.kld_why:
-        screen.print(f"no KLD predicted: {found.kld_why}", markup=False)
     p = found.predicted
     if p is None or p.ppl is None:
         return
