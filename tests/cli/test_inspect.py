@@ -134,9 +134,10 @@ def test_lying_file_is_one_line_and_exit_2(tmp_path: Path) -> None:
 def test_models_lists_and_filters() -> None:
     """All models with their facts; words narrow the list, aliases count."""
     everything = doc("models")["models"]
-    assert len(everything) == 78
+    assert len(everything) == 99
     assert {"id", "aliases", "arch", "hparams", "n_tensors", "source"} <= set(everything[0])
-    assert {m["id"] for m in doc("models", "llama", "70b")["models"]} == {"llama-3.1-70b"}
+    found = {m["id"] for m in doc("models", "llama", "70b")["models"]}
+    assert found == {"llama-2-70b", "llama-3-70b", "llama-3.1-70b", "llama-3.3-70b-instruct"}
     assert doc("models", "no-such-thing")["models"] == []
 
 

@@ -25,6 +25,17 @@ from quantmix.models.sources import load_model
         ("GLM-4.5-Air-bf16", "glm-4.5-air"),
         ("mistral-large", "mistral-large-2411"),
         ("mixtral-8x22b-instruct", "mixtral-8x22b"),
+        ("llama-3.1-8b", "llama-3.1-8b"),
+        ("unsloth/Llama-3.3-70B-Instruct-GGUF", "llama-3.3-70b-instruct"),
+        ("llama-3.3-70b", "llama-3.3-70b-instruct"),
+        ("Meta-Llama-3-8B", "llama-3-8b"),
+        ("LLaMA-v2-7B", "llama-2-7b"),
+        ("Llama-2-70b-hf", "llama-2-70b"),
+        ("mistral-7b", "mistral-7b-v0.1"),
+        ("qwen2.5-7b", "qwen2.5-7b-instruct"),
+        ("qwen2.5-coder-7b", "qwen2.5-coder-7b-instruct"),
+        ("Qwen2-7B", "qwen2-7b-instruct"),
+        ("qwq", "qwq-32b"),
     ],
 )
 def test_names_people_type(typed: str, model_id: str) -> None:
@@ -38,7 +49,7 @@ def test_every_model_is_found_by_each_of_its_names() -> None:
     for entry in catalog().values():
         for name in (entry.id, *entry.aliases, entry.hf_repo, entry.display):
             assert find(name).id == entry.id
-    assert len(catalog()) == 78
+    assert len(catalog()) == 99
 
 
 def test_typo_gets_the_nearest_name() -> None:
@@ -51,6 +62,15 @@ def test_ambiguous_beginning_lists_the_candidates() -> None:
     """A beginning shared by several models names them instead of guessing."""
     with pytest.raises(UnknownName, match=r"gemma-3-27b-it"):
         find("gemma-3")
+
+
+@pytest.mark.parametrize(
+    "name", ["llama-3-8b-instruct", "llama-2-7b-chat-hf", "mistral-7b-instruct-v0.2"]
+)
+def test_other_weights_of_a_known_geometry_are_unknown(name: str) -> None:
+    """A chat or instruct model is not taken for the base model of its name."""
+    with pytest.raises(UnknownName, match="unknown model"):
+        find(name)
 
 
 @pytest.mark.parametrize("name", ["", "/", "-", "../../etc"])
