@@ -123,7 +123,12 @@ def rules_of(wanted: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
 
 
 def dry_run(
-    ghost: Path, rules: Rules, ftype: str = "Q4_K_M", *, engine: Mainline | None = None
+    ghost: Path,
+    rules: Rules,
+    ftype: str = "Q4_K_M",
+    *,
+    engine: Mainline | None = None,
+    imatrix: bool = False,
 ) -> DryRun:
     """Return what mainline would make of every tensor of a GGUF; nothing is read or written.
 
@@ -132,6 +137,7 @@ def dry_run(
         rules: (pattern, ggml type) pairs in order; see `rules_of`.
         ftype: the preset, which decides what no rule names; a quantized one, or rules are ignored.
         engine: which engine; default the first found.
+        imatrix: as if with an importance matrix, which some presets ask for (libraries only).
 
     Raises:
         UsageError: a rule or preset that mainline would ignore or misread.
@@ -139,11 +145,17 @@ def dry_run(
         EngineError: the engine refused or died; its own words are shown.
     """
     checked = _checked_rules(rules, ftype)
-    used = engine or find_mainline("quantize")
-    if used.program is not None:
+    used = engine or find_mainline("quantize", libraries_only=imatrix)
+    if used.program is not None and not imatrix:
         log, blocks = _run_program(used.program, ghost, checked, ftype), None
     elif used.library is not None and used.quantizes:
-        request = {"do": "quantize", "ghost": str(ghost), "rules": checked, "ftype": FTYPES[ftype]}
+        request = {
+            "do": "quantize",
+            "ghost": str(ghost),
+            "rules": checked,
+            "ftype": FTYPES[ftype],
+            "imatrix": imatrix,
+        }
         answer = ask(used.library, request)
         log, blocks = answer.log, {n: (b, s) for n, b, s in answer.document}
     else:

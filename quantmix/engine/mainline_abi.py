@@ -125,6 +125,12 @@ QUANTIZE_LAYOUTS: Final[dict[str, type[c.Structure]]] = {
 }
 
 
+class ImatrixData(c.Structure):
+    """struct llama_model_imatrix_data: one entry; a null name ends the list."""
+
+    _fields_ = (("name", c.c_char_p), ("data", c.c_void_p), ("size", c.c_size_t))
+
+
 class TensorOverride(c.Structure):
     """struct llama_model_tensor_override: a pattern and the ggml type it asks for."""
 

@@ -70,6 +70,11 @@ def _quantize(lib: c.CDLL, request: dict[str, Any]) -> int:
     params.dry_run = True
     params.allow_requantize = True
     params.tt_overrides = c.addressof(overrides) if rules else None
+    # Presets ask whether there is a matrix, a dry run never what is in it.
+    value = c.c_float(1.0)
+    matrix = (abi.ImatrixData * 2)(abi.ImatrixData(b"none", c.addressof(value), 1))
+    if request["imatrix"]:
+        params.imatrix = c.addressof(matrix)
     call = lib.llama_model_quantize
     call.argtypes = [c.c_char_p, c.c_char_p, c.POINTER(layout)]
     call.restype = c.c_uint32

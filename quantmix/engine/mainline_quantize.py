@@ -41,12 +41,6 @@ class KvOverride(c.Structure):
     )
 
 
-class ImatrixData(c.Structure):
-    """struct llama_model_imatrix_data: one entry; a null name ends the list."""
-
-    _fields_ = (("name", c.c_char_p), ("data", c.c_void_p), ("size", c.c_size_t))
-
-
 def quantize(
     source: Path,
     out: Path,
@@ -101,7 +95,7 @@ class _Imatrix:
     def __init__(self, path: Path) -> None:
         read = imatrices.read(path)
         self._values: list[NDArray[np.float32]] = []
-        self._entries = (ImatrixData * (len(read.entries) + 1))()
+        self._entries = (abi.ImatrixData * (len(read.entries) + 1))()
         for slot, (name, entry) in zip(self._entries, read.entries.items(), strict=False):
             values = np.ascontiguousarray(entry.means().reshape(-1), np.float32)
             self._values.append(values)
