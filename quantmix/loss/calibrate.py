@@ -52,7 +52,6 @@ class Hyper:
     solved: float
     quantiles: tuple[float, float]
     quantiles_prior: tuple[float, float]
-    no_imatrix: float
     moe_ln_scale: float
     moe_ln_scale_sd: float
     dense_ln_scale: float

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
 from typing import Final
@@ -28,6 +28,10 @@ _FLOAT_GAIN: Final = {"f32": 0.0, "f64": 0.0, "bf16": 1e-6, "f16": 2e-6}
 _OWN_CURVE: Final = frozenset({"iq1_s_r4", "iq1_m_r4"})
 _UNMEASURED_PENALTY: Final = 1.25
 _UNMEASURED_SD: Final = 0.35
+# Types of eight bits and more are rounded the same with a matrix and without.
+_IGNORES_IMATRIX_BPW: Final = 8.0
+# Row of `no_imatrix.csv` for a type that nobody measured both ways.
+_USUAL: Final = "usual"
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +81,32 @@ def gain_of(name: str) -> TypeGain:
     else:
         ln_gain = float(np.interp(qtype.bpw, bpw, worst_ln))
     return TypeGain(float(np.exp(ln_gain)) * _UNMEASURED_PENALTY, _UNMEASURED_SD, False)
+
+
+@cache
+def without_imatrix(name: str) -> TypeGain:
+    """Return damage of a type made without an importance matrix over damage with one.
+
+    From `no_imatrix.csv`, fitted over models; sd is the spread of its logarithm between models,
+    mostly common to all types. Types that ignore the matrix (q8_0, floats) lose nothing; one that
+    nobody measured both ways gets the factor of the usual type.
+    """
+    known = _factors_without_imatrix()
+    if name in known:
+        return known[name]
+    qtype = next((table(e)[name] for e in ENGINES if name in table(e)), None)
+    if qtype is None or not qtype.is_quantized or qtype.bpw >= _IGNORES_IMATRIX_BPW:
+        return TypeGain(1.0, 0.0, True)
+    return replace(known[_USUAL], measured=False)
+
+
+@cache
+def _factors_without_imatrix() -> dict[str, TypeGain]:
+    text = (files("quantmix.loss") / "no_imatrix.csv").read_text(encoding="utf-8")
+    return {
+        r["type"]: TypeGain(float(r["factor"]), float(r["sd"]), True)
+        for r in csv.DictReader(text.splitlines())
+    }
 
 
 @cache

@@ -32,13 +32,17 @@ CORPUS = "wiki.test.raw"
 N_CTX = 512
 # A base that its author measured at q8_0 instead of bf16, or another build: ln units.
 _BASE_SD = 0.0005
+_NO_IMATRIX: Final = "made without an importance matrix, whose lack costs each model differently"
 # A model whose base nobody published: somewhere just below its best measured mix.
 UNKNOWN_BASE_GAP, UNKNOWN_BASE_SD = 0.003, 0.02
 
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """One published measurement; `mix` is empty when only the size is known."""
+    """One published measurement; `mix` is empty when only the size is known.
+
+    `imatrix` is False where the author used none; unknown counts as used.
+    """
 
     model: str
     label: str
@@ -50,6 +54,7 @@ class Published:
     n_ctx: int
     mix: str
     source: str
+    imatrix: bool = True
 
 
 @dataclass(frozen=True)
@@ -135,6 +140,7 @@ def parse_rows(rows: Iterable[Mapping[str, str]]) -> list[Published]:
                 n_ctx=int(r["n_ctx"] or 0),
                 mix=r.get("mix") or "",
                 source=r.get("source") or "",
+                imatrix=(r.get("imatrix") or "") != "no",
             )
         )
     return out
@@ -267,9 +273,13 @@ def _row(
                 return None, str(err)
         else:
             w = features.of_fractions(model, share, chances)
+            if not p.imatrix and (w.sum(axis=0) * (features.without_imatrix() - 1.0)).any():
+                return None, _NO_IMATRIX
             return Row(p.label, w, float(np.log(p.ppl)), bits_of(model, chances)), ""
     if not sizes_too:
         return None, "its mix is not published"
+    if not p.imatrix:
+        return None, _NO_IMATRIX
     if bpw is None:
         return None, "neither its mix nor its size is published"
     return Row(p.label, typical(bpw, h), float(np.log(p.ppl)), bpw, exact=False), ""

@@ -68,6 +68,18 @@ def ln_gain_sds() -> FloatArray:
 
 
 @cache
+def without_imatrix() -> FloatArray:
+    """Return damage without an importance matrix over damage with one, shape (n_columns,)."""
+    return np.array([curve.without_imatrix(name).gain for name in columns()])
+
+
+@cache
+def ln_without_imatrix_sds() -> FloatArray:
+    """Return the spread between models of the logarithm of that factor, shape (n_columns,)."""
+    return np.array([curve.without_imatrix(name).sd for name in columns()])
+
+
+@cache
 def bits() -> FloatArray:
     """Return the nominal bits per weight of every column, shape (n_columns,)."""
     by_name = {t.name: t.bpw for engine in ENGINES for t in table(engine).values()}

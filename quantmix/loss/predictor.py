@@ -79,7 +79,7 @@ class FittedModel:
 
     def damage(self, model: Model, types: Sequence[GgmlType]) -> FloatArray:
         """Return damage in nats, shape (n_tensors, n_types); see `LossModel.damage`."""
-        gains = response.cell_gains(self.posterior.theta) * self._factor()
+        gains = response.cell_gains(self.posterior.theta) * self._factors()
         column = features.columns()
         by_group = np.zeros((features.N_GROUPS, len(types)))
         scale = np.exp(self.posterior.theta[response.SCALE])
@@ -104,8 +104,8 @@ class FittedModel:
         for value in cells:
             damage += float(value)
         h = calibrate.hyper()
-        w = features.of_types(model, self.share, mix) * self._factor()
-        p = calibrate.predict(self.posterior, w, h)
+        w = features.of_types(model, self.share, mix) * self._factors()
+        p = self._less_sure(calibrate.predict(self.posterior, w, h), w)
         ln_c = float(self.posterior.theta[response.ONSET])
         rise = float(response.super_additive(damage, ln_c, h.power))
         base = math.exp(self.bench.ln_base)
@@ -136,9 +136,24 @@ class FittedModel:
         share = solved.shares(model, self.share, mix, calibrate.hyper().solved)
         return self if np.array_equal(share, self.share) else replace(self, share=share)
 
-    def _factor(self) -> float:
-        """Damage without an importance matrix relative to with one."""
-        return 1.0 if self.imatrix else calibrate.hyper().no_imatrix
+    def _factors(self) -> FloatArray | float:
+        """Damage without an importance matrix relative to with one, shape (n_columns,)."""
+        return 1.0 if self.imatrix else features.without_imatrix()
+
+    def _less_sure(self, p: calibrate.Prediction, w: FloatArray) -> calibrate.Prediction:
+        """Add what models differ by where there is no importance matrix.
+
+        The spread is mostly the model's, common to its types: their standard deviations add up,
+        weighted by damage.
+        """
+        if self.imatrix or p.damage <= 0.0:
+            return p
+        by_type = (w * response.cell_gains(self.posterior.theta)).sum(axis=0)
+        spread = float(by_type @ features.ln_without_imatrix_sds()) / float(by_type.sum())
+        # ln rise moves faster than ln damage where damage is super-additive.
+        grown = p.rise / p.damage - 1.0
+        spread *= (1.0 + (1.0 + calibrate.hyper().power) * grown) / (1.0 + grown)
+        return replace(p, relative=float(np.hypot(p.relative, spread)))
 
 
 def mix_damage(loss: LossModel, model: Model, mix: Sequence[GgmlType | None]) -> FloatArray:

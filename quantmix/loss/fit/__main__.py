@@ -1,7 +1,7 @@
 """`python -m quantmix.loss.fit --tables DIR --measurements CSV [--out DIR]`.
 
-Writes curve.csv, sensitivity.csv, published.csv, base_ppl.csv and params.json. The same inputs
-give the same bytes.
+Writes curve.csv, no_imatrix.csv, sensitivity.csv, published.csv, base_ppl.csv and params.json. The
+same inputs give the same bytes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from quantmix.loss import prior
-from quantmix.loss.fit import curate, curve, hyper, sensitivity, tables
+from quantmix.loss.fit import curate, curve, hyper, no_imatrix, sensitivity, tables
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -31,10 +31,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 def refit(raw: Path, measurements: Path, out: Path) -> None:
     """Fit from `raw` and `measurements`, write the parameter files into `out`."""
     out.mkdir(parents=True, exist_ok=True)
-    rows = tables.read_measurements(measurements)
+    rows = [*tables.read_measurements(measurements), *curate.more()]
     sweeps = tables.sweeps(raw, rows)
     fitted = curve.fit_curve(sweeps, sensitivity.anchors(tables.kld_tables(raw), sweeps))
     _write(out / "curve.csv", ("type", "gain", "sd", "n_models", "source"), _curve_rows(fitted))
+    without = no_imatrix.fit(no_imatrix.pairs(rows, fitted))
+    _write(out / "no_imatrix.csv", no_imatrix.COLUMNS, without)
     sens = sensitivity.fit_sensitivity(tables.ppl_tables(raw))
     columns = ("family", "role", "share", "slope", "bend", "first", "last", "n_tables", "source")
     _write(out / "sensitivity.csv", columns, _sensitivity_rows(sens))
@@ -42,7 +44,7 @@ def refit(raw: Path, measurements: Path, out: Path) -> None:
     _write(out / "published.csv", curate.COLUMNS, shipped)
     bases = curate.base_rows(shipped)
     _write(out / "base_ppl.csv", ("model", "ppl", "corpus", "n_ctx", "source"), bases)
-    doc = hyper.fit_hyper(fitted, rows, raw)
+    doc = hyper.fit_hyper(fitted, curate.curate(rows, corpus=curate.PART), raw)
     text = json.dumps(doc, indent=2, sort_keys=True) + "\n"
     (out / "params.json").write_text(text, encoding="utf-8")
 

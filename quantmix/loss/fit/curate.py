@@ -1,9 +1,11 @@
 """Curates published measurements: which rows of a large table go into the package.
 
 Kept: wiki.test.raw at context 512, models of the catalog, current quantization code. Dropped:
-sweeps on calibration text, rows of code that was replaced, models under other names (finetunes,
-quantization-aware variants). Nothing is changed in a row but the model name (catalog id); a row
-without a mix gets the one that its author published elsewhere (`mixes.csv`, with the page).
+sweeps on calibration text, rows of code that was replaced, the same file made again (by another
+program, with less text for its matrix), models under other names (finetunes, quantization-aware
+variants). Nothing is changed in a row but the model name (catalog
+id); a row without a mix gets the one that its author published elsewhere (`mixes.csv`, with the
+page), a preset of llama-quantize gets its types by tensor (`presets.csv`).
 """
 
 from __future__ import annotations
@@ -22,20 +24,69 @@ COLUMNS: Final = (
     "base_ppl_bf16_or_q8", "mix", "source",
 )  # fmt: skip
 _SUPERSEDED: Final = re.compile(r"before\b|\bolder\b|\bOld\b|earlier build|BitClass")
+_OLD_CODE: Final = re.compile(r"superseded|2023 quantization code")
+_AGAIN: Final = re.compile(r"\(llama\.cpp PR12557\)|imatrix WT (1k|10k|100k|1m) tokens")
+PRESET: Final = "ftype:"
+# Some chunks of wiki.test.raw: compared with a base on the same chunks, never with other rows.
+PART: Final = "wiki.test.raw (part)"
+_PLAIN: Final = frozenset({"F16", "BF16", "F32", "FP16"})
 
 
-def curate(rows: Iterable[Mapping[str, str]]) -> list[dict[str, str]]:
-    """Return the rows to ship, in the order of the input."""
+def curate(
+    rows: Iterable[Mapping[str, str]], *, corpus: str = evidence.CORPUS, presets: bool = True
+) -> list[dict[str, str]]:
+    """Return the rows to ship, in the order of the input.
+
+    Args:
+        corpus: another text than that of the package, for what is fitted only.
+        presets: whether presets of llama-quantize get their types.
+    """
     elsewhere = published_mixes()
+    types = preset_mixes() if presets else {}
     out = []
     for row in rows:
         model = evidence.catalog_id(row["model"])
-        on_bench = row["corpus"] == evidence.CORPUS and row["n_ctx"] == str(evidence.N_CTX)
-        if model and on_bench and not _SUPERSEDED.search(row["label"]):
+        on_bench = row["corpus"] == corpus and row["n_ctx"] == str(evidence.N_CTX)
+        if model and on_bench and _is_current(row):
             mix = row.get("mix") or elsewhere.get((row["model"], row["label"]), "")
+            mix = types.get(preset_key(model, preset_of(mix) or "", row["imatrix"]), mix)
             kept = {c: row.get(c, "") for c in COLUMNS}
             out.append({**kept, "model": model, "mix": mix})
     return out
+
+
+def _is_current(row: Mapping[str, str]) -> bool:
+    old = _SUPERSEDED.search(row["label"]) or _OLD_CODE.search(row.get("notes") or "")
+    return not old and not _AGAIN.search(row["label"])
+
+
+def more() -> list[dict[str, str]]:
+    """Return rows found outside the large table, each with its page."""
+    text = (files("quantmix.loss.fit") / "more.csv").read_text(encoding="utf-8")
+    return list(csv.DictReader(text.splitlines()))
+
+
+def preset_of(mix: str) -> str | None:
+    """Return the preset that a mix names as a whole, in capitals; None when it is something else.
+
+    A float preset is no mix either.
+    """
+    name = mix.removeprefix(PRESET).strip().upper()
+    whole = mix.startswith(PRESET) and ";" not in mix and name not in _PLAIN
+    return name if whole else None
+
+
+def preset_key(model: str, preset: str, imatrix: str) -> tuple[str, str, str]:
+    """Return the key of `presets.csv`: an importance matrix nobody denies counts as used."""
+    return model, preset, "no" if imatrix == "no" else "yes"
+
+
+def preset_mixes() -> dict[tuple[str, str, str], str]:
+    """Return the mixes of `presets.csv` by `preset_key`."""
+    text = (files("quantmix.loss.fit") / "presets.csv").read_text(encoding="utf-8")
+    return {
+        (r["model"], r["preset"], r["imatrix"]): r["mix"] for r in csv.DictReader(text.splitlines())
+    }
 
 
 def published_mixes() -> dict[tuple[str, str], str]:

@@ -53,7 +53,7 @@ def start(curve: CurveFit) -> Hyper:
     return Hyper(
         power=round(curve.power, 3), ln_onset=round(curve.ln_c, 3), ln_onset_sd=0.3, tilt_sd=0.06,
         group_sd=0.3, type_sd=0.05, row_sd=0.0015, form=0.06, mid=0.01, unknown_mix=0.45,
-        solved=0.0, quantiles=(1.645, 1.645), quantiles_prior=(1.645, 1.645), no_imatrix=1.0,
+        solved=0.0, quantiles=(1.645, 1.645), quantiles_prior=(1.645, 1.645),
         moe_ln_scale=-4.2, moe_ln_scale_sd=0.3,
         dense_ln_scale=-4.8, dense_size_slope=0.4, dense_ln_scale_sd=0.3,
         size_curve=(0.5, -3.0, 0.0),
@@ -61,19 +61,23 @@ def start(curve: CurveFit) -> Hyper:
 
 
 def fit_hyper(
-    curve: CurveFit, rows: Sequence[Mapping[str, str]], recipes: Path | None
+    curve: CurveFit, part: Sequence[Mapping[str, str]], recipes: Path | None
 ) -> dict[str, Any]:
-    """Return the document of params.json: `hyper`, `without` each model, and how it was made."""
-    h = replace(start(curve), no_imatrix=round(no_imatrix_factor(rows), 2))
+    """Return the document of params.json: `hyper`, `without` each model, and how it was made.
+
+    Rows of `part` (a text of their own) say how far models differ, and nothing else.
+    """
+    h = start(curve)
     found, _ = cases.gather(evidence.published(), recipes, h)
-    h = population([c for c in found if not backtest.fails(c)], h)
+    apart = _apart(part, h)
+    h = population([*(c for c in found if not backtest.fails(c)), *apart], h)
     # Again, since rows known by size only are placed by the size curve just found.
     found, _ = cases.gather(evidence.published(), recipes, h)
     usable = [c for c in found if not backtest.fails(c)]
     tested = [c for c in usable if len(c.exact) >= _MIN_ROWS]
     path = _descend(tested, h)
     best = _best(path, None)
-    best = population(usable, best)
+    best = population([*usable, *apart], best)
     best = replace(best, unknown_mix=_unknown_mix(usable, best))
     best = _quantiles(usable, tested, best, None)
     # Last, with all else held: it says how recipes of a tool differ, not how models do.
@@ -82,7 +86,7 @@ def fit_hyper(
     without = {}
     for case in usable:
         others = [c for c in usable if c.model.id != case.model.id]
-        alone = population(others, _best(path, case.model.id))
+        alone = population([*others, *apart], _best(path, case.model.id))
         alone = replace(alone, unknown_mix=_unknown_mix(others, alone))
         alone = _quantiles(usable, tested, alone, case.model.id)
         alone = replace(alone, solved=_least_solved(tilts, case.model.id))
@@ -98,23 +102,10 @@ def fit_hyper(
     }
 
 
-def no_imatrix_factor(rows: Sequence[Mapping[str, str]]) -> float:
-    """Return KLD without an imatrix over KLD with one: geometric mean over equal files.
-
-    From the llama.cpp perplexity README's table of LLaMA-3-8B, presets measured both ways.
-    """
-    by_preset: dict[str, dict[str, list[float]]] = {}
-    for r in rows:
-        if r["model"] == "LLaMA-3-8B" and r["kld_mean"]:
-            preset = r["label"].split()[0].split("(")[0].lower()
-            kld = math.log(float(r["kld_mean"]))
-            by_preset.setdefault(preset, {}).setdefault(r["imatrix"], []).append(kld)
-    ratios = [
-        float(np.mean(v["no"]) - np.mean(v["yes"]))
-        for v in by_preset.values()
-        if "no" in v and "yes" in v
-    ]
-    return math.exp(float(np.mean(ratios))) if ratios else 1.0
+def _apart(part: Sequence[Mapping[str, str]], h: Hyper) -> list[cases.Cases]:
+    """Return the cases of models measured on another text, each on its own base."""
+    rows = [replace(p, corpus=evidence.CORPUS) for p in evidence.parse_rows(part)]
+    return cases.gather(rows, None, h)[0]
 
 
 def population(found: Sequence[cases.Cases], h: Hyper) -> Hyper:
