@@ -18,7 +18,7 @@ from quantmix.loss import curve
 from quantmix.loss.model import FloatArray
 from quantmix.models.model import Model, Tensor
 
-_KEY: Final = re.compile(r"^([a-z0-9_]+)(?:\[([\d ,+-]+)\])?$")
+_KEY: Final = re.compile(r"^([a-z0-9_.]+)(?:\[([\d ,+-]+)\])?$")
 _PART: Final = re.compile(r"^([A-Za-z0-9_]+)(?:\*(\d+)|\[([\d ,+-]+)\])?$")
 _FLOATS: Final = frozenset({"f32", "f16", "bf16"})
 

@@ -14,9 +14,11 @@ THREADS=${THREADS:-$(nproc)}
 
 custom=$(cat <<'RULES'
 # Attention
-^blk\.[0-9]+\.attn_(k_b|kv_a_mqa|q_a|q_b|v_b)\.weight$=q8_0
+^blk\.[0-9]+\.attn_(k_b|kv_a_mqa|q_a|v_b)\.weight$=q8_0
 ^blk\.([0-7]|60)\.attn_output\.weight$=iq6_k
 ^blk\.([89]|[1-5][0-9])\.attn_output\.weight$=q8_0
+^blk\.0\.attn_q_b\.weight$=iq6_k
+^blk\.([1-9]|[1-5][0-9]|60)\.attn_q_b\.weight$=q8_0
 
 # Dense feed-forward
 ^blk\.[0-9]+\.ffn_(down|gate|up)\.weight$=iq5_k
@@ -26,10 +28,10 @@ custom=$(cat <<'RULES'
 
 # Routed experts
 ^blk\.[1-6]\.ffn_(gate|up)_exps\.weight$=iq3_kt
-^blk\.2[3-9]\.ffn_(gate|up)_exps\.weight$=iq4_ks
-^blk\.([3-5][0-9]|60)\.ffn_(gate|up)_exps\.weight$=iq4_k
+^blk\.(2[2-9]|30)\.ffn_(gate|up)_exps\.weight$=iq4_ks
+^blk\.(3[1-9]|[45][0-9]|60)\.ffn_(gate|up)_exps\.weight$=iq4_k
 ^blk\.7\.ffn_(gate|up)_exps\.weight$=iq3_k
-^blk\.([89]|1[0-9]|2[0-2])\.ffn_(gate|up)_exps\.weight$=iq4_kt
+^blk\.([89]|1[0-9]|2[01])\.ffn_(gate|up)_exps\.weight$=iq4_kt
 ^blk\.[1-4]\.ffn_down_exps\.weight$=iq3_kt
 ^blk\.(2[5-9]|[3-5][0-9]|60)\.ffn_down_exps\.weight$=iq4_k
 ^blk\.2[0-4]\.ffn_down_exps\.weight$=iq4_ks

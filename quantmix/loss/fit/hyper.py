@@ -32,13 +32,14 @@ _GRID: Final[dict[str, tuple[float, ...]]] = {
     "ln_onset_sd": (0.1, 0.2, 0.3, 0.5, 0.8),
     "row_sd": (0.0005, 0.001, 0.0015, 0.002, 0.003),
 }
-_SOLVED: Final = tuple(round(0.1 * k, 1) for k in range(13))
+_SOLVED: Final = tuple(round(0.1 * k, 1) for k in range(16))
 _UNKNOWN_MIX: Final = (0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
 _PASSES: Final = 2
 # A little above 90 %: what is fitted on the same rows is a little too sure of itself.
 _COVER: Final = 0.92
 _MIN_ROWS: Final = 5
 _NORMAL: Final = 1.65
+_WIDEST: Final = 6.0
 
 
 @dataclass(frozen=True)
@@ -312,14 +313,14 @@ def _quantile(left: Sequence[_Left]) -> tuple[float, float]:
 
 def _least(left: Sequence[_Left], both: Callable[[float], tuple[float, float]]) -> float:
     wanted = _COVER * sum(x.weight for x in left)
-    for quantile in np.arange(_NORMAL, 4.0, 0.05):
+    for quantile in np.arange(_NORMAL, _WIDEST, 0.05):
         inside = 0.0
         for x in left:
             low, high = x.prediction.bounds(both(float(quantile)))
             inside += x.weight * (low <= x.measured <= high)
         if inside >= wanted:
             return round(float(quantile), 2)
-    return 4.0
+    return _WIDEST
 
 
 def _plain(h: Hyper) -> dict[str, Any]:
