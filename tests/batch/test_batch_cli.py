@@ -143,6 +143,8 @@ def test_stopping_is_exit_130_and_resumable(tmp_path: Path, number: int) -> None
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # A shell starts what it puts in the background with SIGINT ignored, and that is inherited.
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
     )
     assert child.stderr is not None
     for line in child.stderr:
