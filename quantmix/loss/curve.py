@@ -46,9 +46,13 @@ class TypeGain:
 @cache
 def measured() -> dict[str, TypeGain]:
     """Return the measured types of `curve.csv` by name."""
-    text = (files("quantmix.loss") / "curve.csv").read_text(encoding="utf-8")
+    return _by_type("curve.csv", "gain")
+
+
+def _by_type(file: str, column: str) -> dict[str, TypeGain]:
+    text = (files("quantmix.loss") / file).read_text(encoding="utf-8")
     return {
-        r["type"]: TypeGain(float(r["gain"]), float(r["sd"]), True)
+        r["type"]: TypeGain(float(r[column]), float(r["sd"]), True)
         for r in csv.DictReader(text.splitlines())
     }
 
@@ -102,11 +106,7 @@ def without_imatrix(name: str) -> TypeGain:
 
 @cache
 def _factors_without_imatrix() -> dict[str, TypeGain]:
-    text = (files("quantmix.loss") / "no_imatrix.csv").read_text(encoding="utf-8")
-    return {
-        r["type"]: TypeGain(float(r["factor"]), float(r["sd"]), True)
-        for r in csv.DictReader(text.splitlines())
-    }
+    return _by_type("no_imatrix.csv", "factor")
 
 
 @cache

@@ -98,7 +98,7 @@ def warnings(
         )
     if not loss.imatrix:
         out.append(
-            "without an importance matrix models lose 1.2 to 6 times as much, each differently: "
+            "without an importance matrix types lose 1.2 to 3.6 times as much, and models differ: "
             "make one with `quantmix imatrix`"
         )
     if loss.basis == "prior":
