@@ -18,7 +18,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from quantmix.loss import calibrate, cases, controls, evidence, scores
+from quantmix.loss import calibrate, cases, controls, evidence, prior, scores
 from quantmix.loss.calibrate import Hyper, Row
 from quantmix.loss.outcome import Outcome, Pair
 
@@ -112,14 +112,14 @@ def _known(file: Path | None) -> tuple[list[evidence.Published], list[tuple[str,
 def _not_judged(case: cases.Cases) -> list[tuple[str, str]]:
     """Return the rows that serve as evidence but cannot be predicted, with why."""
     exact = set(case.exact)
-    return [
-        (
-            f"{case.model.id}: {row.id}",
-            "unquantized" if row.exact else "only its size is published: evidence, not judged",
-        )
-        for i, row in enumerate(case.bench.rows)
-        if i not in exact
-    ]
+
+    def why(row: Row) -> str:
+        if not row.exact:
+            return "only its size is published: evidence, not judged"
+        return "it is the base that others are compared with" if row.w.any() else "unquantized"
+
+    rows = enumerate(case.bench.rows)
+    return [(f"{case.model.id}: {row.id}", why(row)) for i, row in rows if i not in exact]
 
 
 def without(model_id: str) -> Hyper:
@@ -149,12 +149,17 @@ def others(case: cases.Cases, *left_out: int) -> list[int]:
 
 
 def predictions(
-    case: cases.Cases, h: Hyper, *, loose_only: bool = False, prior_only: bool = False
+    case: cases.Cases,
+    h: Hyper,
+    *,
+    loose_only: bool = False,
+    prior_only: bool = False,
+    inflate: bool = True,
 ) -> list[tuple[calibrate.Prediction, float]]:
     """Return leave-one-out predictions of the exact rows, each with the measured ln PPL.
 
     With `loose_only` the evidence is the rows of which only the size is known (none: no result);
-    with `prior_only` there is none.
+    with `prior_only` there is none. Without `inflate` a model's own scatter widens nothing.
     """
     rows = case.bench.rows
     loose = [j for j, r in enumerate(rows) if not r.exact]
@@ -163,7 +168,7 @@ def predictions(
     fixed: list[int] | None = loose if loose_only else [] if prior_only else None
     keep = [others(case, i) if fixed is None else fixed for i in case.exact]
     return [
-        (_predict(case, rows, k, i, h), rows[i].ln_ppl)
+        (_predict(case, rows, k, i, h, inflate=inflate), rows[i].ln_ppl)
         for i, k in zip(case.exact, keep, strict=True)
     ]
 
@@ -320,15 +325,24 @@ def _posterior(
 ) -> calibrate.Posterior:
     bench, model = case.bench, case.model
     known = calibrate.prior(
-        bench.ln_base, bench.ln_base_sd, model.n_elements, model.hparams.is_moe, h
+        bench.ln_base, bench.ln_base_sd, model.n_elements, prior.family(model), h
     )
     return calibrate.fit([rows[j] for j in keep], known, h)
 
 
 def _predict(
-    case: cases.Cases, rows: Sequence[Row], keep: Sequence[int], i: int, h: Hyper
+    case: cases.Cases,
+    rows: Sequence[Row],
+    keep: Sequence[int],
+    i: int,
+    h: Hyper,
+    *,
+    inflate: bool = True,
 ) -> calibrate.Prediction:
-    return calibrate.predict(_posterior(case, rows, keep, h), rows[i].w, h)
+    posterior = _posterior(case, rows, keep, h)
+    if not inflate:
+        posterior = replace(posterior, inflation=1.0)
+    return calibrate.predict(posterior, rows[i].w, h)
 
 
 def _outcome(

@@ -30,9 +30,13 @@ from quantmix.loss.model import FloatArray
 
 _NU = 5.0
 _MAX_STEPS = 60
+# Families whose damage falls with size; the others are sparse.
+SIZED_FAMILIES = ("dense", "hybrid")
 # Median of |t| with 5 degrees of freedom.
 _MEDIAN_T = 0.727
 _FEW = 5
+# A row that the fit follows wholly says nothing of its own noise.
+_LEAST_FREE = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +61,9 @@ class Hyper:
     dense_ln_scale: float
     dense_size_slope: float
     dense_ln_scale_sd: float
+    hybrid_ln_scale: float
+    hybrid_size_slope: float
+    hybrid_ln_scale_sd: float
     size_curve: tuple[float, ...]
 
 
@@ -140,20 +147,29 @@ class Prediction:
         return self.ln_ppl - float(np.sqrt(down + edge)), self.ln_ppl + float(np.sqrt(up + edge))
 
 
-def ln_scale_prior(n_elements: int, is_moe: bool, h: Hyper) -> tuple[float, float]:
-    """Return mean and sd of k for a model of that size: dense models lose more when small."""
-    if is_moe:
+def ln_scale_prior(n_elements: int, family: str, h: Hyper) -> tuple[float, float]:
+    """Return mean and sd of k for a model of that size and sensitivity family.
+
+    Models that are not sparse lose more when small: hybrid ones by one law that fits them closely,
+    others (pure attention) by a loose one. Sparse families were not told apart by what is measured.
+    """
+    if family not in SIZED_FAMILIES:
         return h.moe_ln_scale, h.moe_ln_scale_sd
-    size = np.log(27e9 / max(n_elements, 10**7))
-    return h.dense_ln_scale + h.dense_size_slope * float(size), h.dense_ln_scale_sd
+    size = float(np.log(27e9 / max(n_elements, 10**7)))
+    if family == "hybrid":
+        return h.hybrid_ln_scale + h.hybrid_size_slope * size, h.hybrid_ln_scale_sd
+    return h.dense_ln_scale + h.dense_size_slope * size, h.dense_ln_scale_sd
 
 
 def prior(
-    ln_base: float, ln_base_sd: float, n_elements: int, is_moe: bool, h: Hyper | None = None
+    ln_base: float, ln_base_sd: float, n_elements: int, family: str, h: Hyper | None = None
 ) -> Prior:
-    """Return the prior of one model's parameters; `ln_base` is its ln PPL unquantized."""
+    """Return the prior of one model's parameters; `ln_base` is its ln PPL unquantized.
+
+    `family` is the sensitivity family of `loss.prior.family`.
+    """
     h = h or hyper()
-    scale, scale_sd = ln_scale_prior(n_elements, is_moe, h)
+    scale, scale_sd = ln_scale_prior(n_elements, family, h)
     n_types = len(features.columns())
     mean = np.concatenate(
         [[ln_base, scale, 0.0, h.ln_onset], np.zeros(features.N_GROUPS + n_types)]
@@ -197,19 +213,26 @@ def fit(rows: Sequence[Row], known: Prior, h: Hyper | None = None) -> Posterior:
             break
     r = response.respond(theta, w, h.power)
     covariance = np.asarray(np.linalg.inv(precision + _information(r, y, exact, h)))
-    scatter = _scatter(r, y, exact, h)
-    return Posterior(theta, covariance.astype(np.float64), len(rows), scatter)
+    covariance = covariance.astype(np.float64)
+    return Posterior(theta, covariance, len(rows), _scatter(r, y, exact, covariance, h))
 
 
-def _scatter(r: response.Response, y: FloatArray, exact: FloatArray, h: Hyper) -> float:
+def _scatter(
+    r: response.Response, y: FloatArray, exact: FloatArray, covariance: FloatArray, h: Hyper
+) -> float:
     """Return by how much exact rows scatter more than their noise, at least 1 (Birge's ratio).
 
-    From the median of |residual|/sd against what Student's t gives, shrunk to 1 by five rows.
+    From the median of |residual|/sd against what Student's t gives, shrunk to 1 by five rows. A
+    row draws the fit towards itself by its leverage l, so its residual counts as if it had been
+    left out: sd² · (1 - l), the standardized residual of linear regression.
     """
     n = int(np.count_nonzero(exact))
     if n < _FEW:
         return 1.0
-    z = np.abs(y - r.ln_ppl) / np.sqrt(noise_variance(r.rise, exact, h))
+    leverage = np.einsum("ij,jk,ik->i", r.jacobian, covariance, r.jacobian)
+    leverage *= _weights(r, y, exact, h)
+    free = np.clip(1.0 - leverage, _LEAST_FREE, 1.0)
+    z = np.abs(y - r.ln_ppl) / np.sqrt(noise_variance(r.rise, exact, h) * free)
     excess = float(np.median(z[exact])) / _MEDIAN_T
     return max(1.0, float(np.sqrt((n * excess**2 + _FEW) / (n + _FEW))))
 

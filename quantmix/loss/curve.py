@@ -24,8 +24,9 @@ from quantmix.loss.model import FloatArray
 # Rounding of a float type against its bf16 source, relative to iq4_k: nothing in practice, but
 # above zero so that a smaller type never ties with a larger one.
 _FLOAT_GAIN: Final = {"f32": 0.0, "f64": 0.0, "bf16": 1e-6, "f16": 2e-6}
-# Row-interleaved types that are types of their own; all others are repackings of their base.
-_OWN_CURVE: Final = frozenset({"iq1_s_r4", "iq1_m_r4"})
+# Row-interleaved types that measure otherwise than their base; all others are repackings of it.
+# The first two are types of their own; the others round activations in another way.
+OWN_CURVE: Final = frozenset({"iq1_s_r4", "iq1_m_r4", "q6_k_r4", "q8_k_r8"})
 _UNMEASURED_PENALTY: Final = 1.25
 _UNMEASURED_SD: Final = 0.35
 # Types of eight bits and more are rounded the same with a matrix and without.
@@ -59,7 +60,7 @@ def _by_type(file: str, column: str) -> dict[str, TypeGain]:
 
 def own_name(qtype: GgmlType) -> str:
     """Return the name under which a type has its curve: its own, or that of its base."""
-    return qtype.name if qtype.name in _OWN_CURVE else qtype.base
+    return qtype.name if qtype.name in OWN_CURVE else qtype.base
 
 
 def gain(qtype: GgmlType) -> TypeGain:
@@ -111,9 +112,13 @@ def _factors_without_imatrix() -> dict[str, TypeGain]:
 
 @cache
 def _upper_hull() -> tuple[FloatArray, FloatArray]:
-    """Bits per weight (rising) and the ln gain of the worst measured type at or above them."""
+    """Bits per weight (rising) and the ln gain of the worst measured type at or above them.
+
+    Types without a CUDA kernel are left out: what they lose is lost on activations (q8_KV, at
+    eight bits, costs like iq4_k), which says nothing of other types.
+    """
     ik = table("ik")
-    points = sorted((ik[n].bpw, float(np.log(g.gain))) for n, g in measured().items())
+    points = sorted((ik[n].bpw, float(np.log(g.gain))) for n, g in measured().items() if ik[n].cuda)
     bpw = np.array([p[0] for p in points])
     worst = np.maximum.accumulate(np.array([p[1] for p in points])[::-1])[::-1]
     return bpw, worst

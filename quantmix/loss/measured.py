@@ -80,15 +80,11 @@ class MeasuredModel:
         middle = [table("ik")["iq4_k"]]
         reference = [(float(d.at(middle)[0]), by_role[r]) for r, d in found.items()]
         known = sum(s for _, s in reference)
-        scale = (
-            sum(k for k, _ in reference) / known
-            if known > 0.0
-            else math.exp(
-                calibrate.ln_scale_prior(model.n_elements, model.hparams.is_moe, calibrate.hyper())[
-                    0
-                ]
-            )
-        )
+        if known > 0.0:
+            scale = sum(k for k, _ in reference) / known
+        else:
+            family, h = prior.family(model), calibrate.hyper()
+            scale = math.exp(calibrate.ln_scale_prior(model.n_elements, family, h)[0])
         roles = [p for p in measured.probes if p.scope == "role"]
         rise = sum(p.ln_ratio for p in roles) + _PPL_PER_NAT * _PPL_PER_NAT_NATS
         kld = sum(p.kld for p in roles) + _PPL_PER_NAT_NATS

@@ -72,7 +72,7 @@ class FittedModel:
     ) -> FittedModel:
         """Fit the posterior of `model` on the rows of `bench`."""
         known = calibrate.prior(
-            bench.ln_base, bench.ln_base_sd, model.n_elements, model.hparams.is_moe
+            bench.ln_base, bench.ln_base_sd, model.n_elements, prior.family(model)
         )
         posterior = calibrate.fit(bench.rows, known)
         return cls(share, posterior, bench, "calibrated" if bench.rows else "prior", imatrix)
@@ -104,8 +104,7 @@ class FittedModel:
         for value in cells:
             damage += float(value)
         h = calibrate.hyper()
-        w = features.of_types(model, self.share, mix) * self._factors()
-        p = self._less_sure(calibrate.predict(self.posterior, w, h), w)
+        p = self.of_features(features.of_types(model, self.share, mix))
         ln_c = float(self.posterior.theta[response.ONSET])
         rise = float(response.super_additive(damage, ln_c, h.power))
         base = math.exp(self.bench.ln_base)
@@ -127,6 +126,11 @@ class FittedModel:
             ln_ppl_ratio_low=low,
             ln_ppl_ratio_high=high,
         )
+
+    def of_features(self, w: FloatArray) -> calibrate.Prediction:
+        """Predict a mix known by its features only, shape (N_GROUPS, n_columns)."""
+        w = w * self._factors()
+        return self._less_sure(calibrate.predict(self.posterior, w), w)
 
     def of_somebody(self, model: Model, mix: Sequence[GgmlType | None]) -> FittedModel:
         """Return the model for a mix that somebody else made, perhaps knowing every tensor.

@@ -16,12 +16,12 @@ custom=$(cat <<'RULES'
 # Attention
 ^blk\.[0-9]+\.attn_(k_b|kv_a_mqa|v_b)\.weight$=q8_0
 ^blk\.[0-4]\.attn_output\.weight$=iq5_k
-^blk\.[67]\.attn_output\.weight$=q6_K
-^blk\.([589]|[1-5][0-9]|60)\.attn_output\.weight$=iq6_k
-^blk\.0\.attn_q_a\.weight$=iq6_k
-^blk\.([1-9]|[1-5][0-9]|60)\.attn_q_a\.weight$=q8_0
-^blk\.([0-9]|[15][0-9]|4[89]|60)\.attn_q_b\.weight$=iq6_k
-^blk\.([23][0-9]|4[0-7])\.attn_q_b\.weight$=q8_0
+^blk\.[5-7]\.attn_output\.weight$=q6_K
+^blk\.([89]|[1-5][0-9]|60)\.attn_output\.weight$=iq6_k
+^blk\.[0-2]\.attn_q_a\.weight$=iq6_k
+^blk\.([3-9]|[1-5][0-9]|60)\.attn_q_a\.weight$=q8_0
+^blk\.([0-9]|[15][0-9]|4[7-9]|60)\.attn_q_b\.weight$=iq6_k
+^blk\.([23][0-9]|4[0-6])\.attn_q_b\.weight$=q8_0
 
 # Dense feed-forward
 ^blk\.[0-9]+\.ffn_(down|gate|up)\.weight$=iq5_k
@@ -30,12 +30,12 @@ custom=$(cat <<'RULES'
 ^blk\.[0-9]+\.ffn_(down|gate|up)_shexp\.weight$=q8_0
 
 # Routed experts
-^blk\.(1[3-9]|20)\.ffn_(gate|up)_exps\.weight$=iq4_ks
+^blk\.(1[2-9]|20)\.ffn_(gate|up)_exps\.weight$=iq4_ks
 ^blk\.(2[1-9]|30)\.ffn_(gate|up)_exps\.weight$=iq4_k
-^blk\.([3-9]|1[0-2])\.ffn_(gate|up)_exps\.weight$=iq4_kt
+^blk\.([3-9]|1[01])\.ffn_(gate|up)_exps\.weight$=iq4_kt
 ^blk\.(3[1-9]|[45][0-9]|60)\.ffn_(gate|up)_exps\.weight$=iq5_ks
-^blk\.(1[6-9]|2[0-6])\.ffn_down_exps\.weight$=iq4_k
-^blk\.1[0-5]\.ffn_down_exps\.weight$=iq4_ks
+^blk\.(1[89]|2[0-6])\.ffn_down_exps\.weight$=iq4_k
+^blk\.1[0-7]\.ffn_down_exps\.weight$=iq4_ks
 ^blk\.(2[7-9]|[3-5][0-9]|60)\.ffn_down_exps\.weight$=iq5_ks
 ^blk\.[3-9]\.ffn_down_exps\.weight$=iq4_kt
 

@@ -14,45 +14,42 @@ THREADS=${THREADS:-$(nproc)}
 
 custom=$(cat <<'RULES'
 # Attention
-^blk\.([0-9]|5[7-9]|60)\.attn_k_b\.weight$=q6_0
-^blk\.([1-4][0-9]|5[0-6])\.attn_k_b\.weight$=q8_0
-^blk\.([0-9]|5[89]|60)\.attn_kv_a_mqa\.weight$=iq6_k
-^blk\.([1-4][0-9]|5[0-7])\.attn_kv_a_mqa\.weight$=q8_0
-^blk\.[0-2]\.attn_output\.weight$=iq4_k
-^blk\.(1[6-9]|[2-4][0-9]|50)\.attn_output\.weight$=iq5_k
-^blk\.([3-9]|1[0-5]|5[1-9]|60)\.attn_output\.weight$=iq5_ks
-^blk\.0\.attn_q_a\.weight$=iq5_ks
-^blk\.([1-8]|59|60)\.attn_q_a\.weight$=iq5_k
-^blk\.([1-4][0-9]|5[0-6])\.attn_q_a\.weight$=iq6_k
-^blk\.(9|5[78])\.attn_q_a\.weight$=q6_K
-^blk\.[0-5]\.attn_q_b\.weight$=iq5_ks
-^blk\.([6-9]|1[0-7]|5[0-9]|60)\.attn_q_b\.weight$=iq5_k
-^blk\.(18|20|4[89])\.attn_q_b\.weight$=q6_K
-^blk\.(19|2[1-9]|3[0-9]|4[0-7])\.attn_q_b\.weight$=iq6_k
-^blk\.([0-9]|1[0-3]|5[3-9]|60)\.attn_v_b\.weight$=iq6_k
-^blk\.(1[4-9]|[2-4][0-9]|5[0-2])\.attn_v_b\.weight$=q8_0
+^blk\.[0-9]+\.attn_k_b\.weight$=q6_0
+^blk\.0\.attn_kv_a_mqa\.weight$=iq5_k
+^blk\.([1-9]|[1-5][0-9]|60)\.attn_kv_a_mqa\.weight$=iq6_k
+^blk\.[0-3]\.attn_output\.weight$=iq4_ks
+^blk\.([4-8]|5[489]|60)\.attn_output\.weight$=iq4_k
+^blk\.(9|[1-4][0-9]|5[0-35-7])\.attn_output\.weight$=iq5_ks
+^blk\.([0-8]|5[89]|60)\.attn_q_a\.weight$=iq5_ks
+^blk\.(2[89]|3[0-9])\.attn_q_a\.weight$=iq6_k
+^blk\.(2[4-7]|4[0-3])\.attn_q_a\.weight$=q6_K
+^blk\.(9|1[0-9]|2[0-3]|4[4-9]|5[0-7])\.attn_q_a\.weight$=iq5_k
+^blk\.[01]\.attn_q_b\.weight$=iq4_k
+^blk\.(1[7-9]|[2-4][0-9]|50)\.attn_q_b\.weight$=iq5_k
+^blk\.([2-9]|1[0-6]|5[1-9]|60)\.attn_q_b\.weight$=iq5_ks
+^blk\.[0-4]\.attn_v_b\.weight$=iq5_k
+^blk\.([5-9]|[1-5][0-9]|60)\.attn_v_b\.weight$=iq6_k
 
 # Dense feed-forward
 ^blk\.[0-9]+\.ffn_(down|gate|up)\.weight$=iq4_kt
 
 # Shared experts
 ^blk\.60\.ffn_(down|gate|up)_shexp\.weight$=q8_0
-^blk\.([1-9]|1[01])\.ffn_(gate|up)_shexp\.weight$=iq5_k
-^blk\.(1[2-9]|20)\.ffn_(gate|up)_shexp\.weight$=q6_K
-^blk\.(2[1-9]|[3-5][0-9])\.ffn_(gate|up)_shexp\.weight$=iq6_k
-^blk\.([1-9]|10)\.ffn_down_shexp\.weight$=iq5_k
-^blk\.(1[137-9]|[2-5][0-9])\.ffn_down_shexp\.weight$=iq6_k
-^blk\.1[24-6]\.ffn_down_shexp\.weight$=q6_K
+^blk\.(1[2-9]|[2-5][0-9])\.ffn_(gate|up)_shexp\.weight$=iq5_k
+^blk\.([1-9]|1[01])\.ffn_(gate|up)_shexp\.weight$=iq5_ks
+^blk\.[1-7]\.ffn_down_shexp\.weight$=iq5_ks
+^blk\.([89]|[1-5][0-9])\.ffn_down_shexp\.weight$=iq5_k
 
 # Routed experts
-^blk\.([1-9]|1[0-9])\.ffn_(gate|up)_exps\.weight$=iq1_kt
-^blk\.([2-5][0-9]|60)\.ffn_(gate|up)_exps\.weight$=iq2_kt
-^blk\.([1-9]|1[0-5])\.ffn_down_exps\.weight$=iq1_kt
-^blk\.(1[6-9]|[23][0-9]|4[0-3]|5[2-9]|60)\.ffn_down_exps\.weight$=iq2_kt
-^blk\.(4[4-9]|5[01])\.ffn_down_exps\.weight$=iq3_kt
+^blk\.([1-9]|1[0-3])\.ffn_(gate|up)_exps\.weight$=iq1_kt
+^blk\.(1[4-9]|[2-5][0-9]|60)\.ffn_(gate|up)_exps\.weight$=iq2_kt
+^blk\.([1-9]|10)\.ffn_down_exps\.weight$=iq1_kt
+^blk\.(1[1-9]|[235][0-9]|4[1-6]|60)\.ffn_down_exps\.weight$=iq2_kt
+^blk\.4[7-9]\.ffn_down_exps\.weight$=iq2_kl
+^blk\.40\.ffn_down_exps\.weight$=iq3_kt
 
 # Token embedding and output
-^output\.weight$=iq6_k
+^output\.weight$=q6_K
 ^token_embd\.weight$=q8_0
 RULES
 )

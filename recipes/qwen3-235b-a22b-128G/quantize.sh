@@ -16,9 +16,9 @@ custom=$(cat <<'RULES'
 # Attention
 ^blk\.[0-9]+\.attn_(k|v)\.weight$=q8_0
 ^blk\.[0-9]+\.attn_output\.weight$=iq6_k
-^blk\.0\.attn_q\.weight$=q6_K
-^blk\.([2-8]|[1-8][0-9]|9[0-3])\.attn_q\.weight$=iq6_k
-^blk\.[19]\.attn_q\.weight$=iq5_k
+^blk\.0\.attn_q\.weight$=iq5_k
+^blk\.(1[7-9]|[236-8][0-9]|4[0-589]|5[1-9]|9[0-3])\.attn_q\.weight$=iq6_k
+^blk\.([1-9]|1[0-6]|4[67]|50)\.attn_q\.weight$=q6_K
 
 # Routed experts
 ^blk\.([0-9]|[1-3][0-9]|4[0-6])\.ffn_(gate|up)_exps\.weight$=iq4_kt

@@ -16,19 +16,20 @@ custom=$(cat <<'RULES'
 # Attention
 ^blk\.[0-9]+\.attn_k\.weight$=iq6_k
 ^blk\.[0-9]+\.attn_output\.weight$=iq5_ks
-^blk\.([0-9]|1[0-9]|2[0-3])\.attn_q\.weight$=iq4_k
-^blk\.(2[4-9]|[3-8][0-9]|9[0-3])\.attn_q\.weight$=iq5_ks
+^blk\.([0-9]|1[1-9])\.attn_q\.weight$=iq4_k
+^blk\.(10|[2-8][0-9]|9[0-3])\.attn_q\.weight$=iq5_ks
 ^blk\.([0-9]|[1-8][0-9]|9[0-2])\.attn_v\.weight$=iq6_k
 ^blk\.93\.attn_v\.weight$=q8_0
 
 # Routed experts
-^blk\.([0-9]|1[0-4])\.ffn_(gate|up)_exps\.weight$=iq2_kl
-^blk\.(1[5-9]|[2-7][0-9]|8[0-2])\.ffn_(gate|up)_exps\.weight$=iq3_kt
-^blk\.8[34]\.ffn_(gate|up)_exps\.weight$=iq3_k
+^blk\.[02-7]\.ffn_(gate|up)_exps\.weight$=iq2_kt
+^blk\.8\.ffn_(gate|up)_exps\.weight$=iq2_kl
+^blk\.8[2-4]\.ffn_(gate|up)_exps\.weight$=iq3_k
 ^blk\.(8[5-9]|9[0-3])\.ffn_(gate|up)_exps\.weight$=iq4_kt
-^blk\.([0-9]|[1-6][0-9]|7[0-5])\.ffn_down_exps\.weight$=iq3_kt
-^blk\.(7[6-9]|80)\.ffn_down_exps\.weight$=iq3_k
-^blk\.(8[1-9]|9[0-3])\.ffn_down_exps\.weight$=iq4_kt
+^blk\.([19]|[1-7][0-9]|8[01])\.ffn_(gate|up)_exps\.weight$=iq3_kt
+^blk\.([0-9]|[1-6][0-9]|7[0-4])\.ffn_down_exps\.weight$=iq3_kt
+^blk\.7[5-9]\.ffn_down_exps\.weight$=iq3_k
+^blk\.(8[0-9]|9[0-3])\.ffn_down_exps\.weight$=iq4_kt
 
 # Token embedding and output
 ^output\.weight$=iq6_k

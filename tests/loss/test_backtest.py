@@ -72,6 +72,15 @@ def test_nothing_is_dropped_silently(doc: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
+def test_the_base_itself_is_not_judged(doc: dict[str, Any]) -> None:
+    """Where the q8_0 file *is* the base, predicting it is no achievement."""
+    assert not any(r["id"] == "deepseek-r1-0528: Q8_0" for r in doc["rows"])
+    why = {s["id"]: s["why"] for s in doc["skipped"]}
+    assert "base" in why["deepseek-r1-0528: Q8_0"]
+    assert any(r["id"] == "glm-4.5-air: Q8_0" for r in doc["rows"])
+
+
+@pytest.mark.slow
 def test_models_on_which_perplexity_means_nothing_stand_apart(doc: dict[str, Any]) -> None:
     """GLM-4.7-Flash is judged, marked, and kept out of the bands."""
     assert "glm-4.7-flash" in doc["shown_apart"]["models"]

@@ -29,7 +29,7 @@ def _rows(model: Model, ln_scale: float, noise: float = 0.0, n: int = len(TYPES)
 
 
 def _known(model: Model) -> calibrate.Prior:
-    return calibrate.prior(1.0, 0.0005, model.n_elements, model.hparams.is_moe)
+    return calibrate.prior(1.0, 0.0005, model.n_elements, prior.family(model))
 
 
 def test_without_rows_the_posterior_is_the_prior(r1: Model) -> None:
@@ -81,13 +81,26 @@ def test_rows_known_by_size_say_less_than_exact_ones(r1: Model) -> None:
     assert exact_sd < loose_sd
 
 
-def test_small_dense_models_lose_more(small: Model) -> None:
+def test_small_dense_models_lose_more() -> None:
     """The prior scale grows as a dense model shrinks, not as a sparse one does."""
     h = calibrate.hyper()
-    dense = [calibrate.ln_scale_prior(n, False, h)[0] for n in (27_000_000_000, 750_000_000)]
-    sparse = [calibrate.ln_scale_prior(n, True, h)[0] for n in (671_000_000_000, 30_000_000_000)]
-    assert dense[1] > dense[0] + 0.7
-    assert sparse[0] == sparse[1]
+
+    def scales(family: str) -> list[float]:
+        return [calibrate.ln_scale_prior(n, family, h)[0] for n in (27 * 10**9, 75 * 10**7)]
+
+    large, small_one = scales("hybrid")
+    assert small_one > large + 1.0
+    large, small_one = scales("dense")
+    assert small_one > large + 0.3
+    assert len(set(scales("mla") + scales("gqa") + scales("hybrid_moe"))) == 1
+
+
+def test_hybrid_models_are_known_more_closely_than_dense_ones() -> None:
+    """Their scale follows size; that of pure attention models scatters."""
+    h = calibrate.hyper()
+    hybrid, dense = (calibrate.ln_scale_prior(27 * 10**9, f, h) for f in ("hybrid", "dense"))
+    assert hybrid[0] < dense[0] - 0.5
+    assert hybrid[1] < 0.6 * dense[1]
 
 
 @pytest.mark.parametrize("without", ["deepseek-r1-0528", "no-such-model"])
@@ -96,3 +109,26 @@ def test_hyper_parameters_exist_without_each_model(without: str) -> None:
     h = calibrate.hyper(without)
     assert h.quantiles[0] > 1.0
     assert (h == calibrate.hyper()) == (without == "no-such-model")
+
+
+@pytest.mark.parametrize(("times", "low", "high"), [(1.0, 1.0, 1.5), (6.0, 1.6, 12.0)])
+def test_rows_that_scatter_more_than_their_noise_widen_the_interval(
+    r1: Model, times: float, low: float, high: float
+) -> None:
+    """Birge's ratio is near one for the noise expected, and near the factor for noisier rows.
+
+    Eight rows and types that move one by one: the fit follows each row half way, so residuals in
+    place alone would show half the scatter.
+    """
+    h = calibrate.hyper()
+    rows = _rows(r1, float(_known(r1).mean[response.SCALE]))
+    rng = np.random.default_rng(11)
+    found = []
+    for _ in range(30):
+        noisy = []
+        for row in rows:
+            rise = np.array([row.ln_ppl - 1.0])
+            sd = float(np.sqrt(calibrate.noise_variance(rise, np.array([True]), h)[0]))
+            noisy.append(replace(row, ln_ppl=row.ln_ppl + times * sd * float(rng.normal())))
+        found.append(calibrate.fit(noisy, _known(r1)).inflation)
+    assert low <= float(np.median(found)) <= high

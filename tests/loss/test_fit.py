@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from quantmix.errors import BadFile
-from quantmix.loss import calibrate, evidence, mixes
+from quantmix.loss import calibrate, evidence, mixes, prior
 from quantmix.loss import curve as shipped
 from quantmix.loss.fit import curate, curve, hyper, sensitivity, tables
 from quantmix.loss.fit.__main__ import refit
@@ -20,7 +20,14 @@ from .conftest import catalog_model
 
 RESEARCH = os.environ.get("QUANTMIX_RESEARCH")
 DATA = Path(shipped.__file__).parent
-FILES = ("curve.csv", "sensitivity.csv", "published.csv", "base_ppl.csv", "params.json")
+FILES = (
+    "curve.csv",
+    "no_imatrix.csv",
+    "sensitivity.csv",
+    "published.csv",
+    "base_ppl.csv",
+    "params.json",
+)
 
 
 @pytest.mark.slow
@@ -144,6 +151,32 @@ def test_published_mixes_belong_to_rows_and_their_size_agrees() -> None:
         model = catalog_model(row.model)
         bits = evidence.bits_of(model, mixes.resolve(model, row.mix))
         assert bits == pytest.approx(row.bpw, rel=0.007), line["label"]
+
+
+def test_files_whose_matrix_lacked_attention_count_as_made_without() -> None:
+    """Their author says so of the first Kimi-K2 files; they neither calibrate nor are judged."""
+    rows = [p for p in evidence.published() if p.model == "kimi-k2-instruct"]
+    first = [p for p in rows if "v0.1" in p.label]
+    assert len(first) == 6
+    assert not any(p.imatrix for p in first)
+    model = catalog_model("kimi-k2-instruct")
+    used = {r.id for r in evidence.bench(model, prior.shares(model), rows).rows}
+    assert not used & {p.label for p in first}
+    assert {"IQ4_KS (ubergarm)", "IQ1_KT (ubergarm)", "UD-IQ3_XXS (unsloth)"} <= used
+
+
+def test_a_type_on_few_models_keeps_its_far_cells() -> None:
+    """Nothing tells a broken cell from a wide spread on fewer than five models."""
+    sweeps = _sweeps()
+    # q8_KV at one scale a row: 0.3 to 1.2 of iq4_k, as on real models.
+    for sweep, factor in zip(sweeps[:4], (0.3, 0.5, 0.8, 1.2), strict=True):
+        floor = sweep.kld["q8_0"]
+        sweep.kld["q8_KV"] = floor + factor * (sweep.kld["iq4_k"] - floor)
+    del sweeps[4].kld["q8_KV"]
+    fitted = curve.fit_curve(sweeps, [])
+    assert fitted.n_models["q8_KV"] == 4
+    assert 0.4 < math.exp(fitted.ln_gain["q8_KV"]) < 0.9
+    assert fitted.sd["q8_KV"] > 0.3
 
 
 def test_a_model_with_many_rows_does_not_set_the_interval_alone() -> None:

@@ -30,6 +30,9 @@ PRESET: Final = "ftype:"
 # Some chunks of wiki.test.raw: compared with a base on the same chunks, never with other rows.
 PART: Final = "wiki.test.raw (part)"
 _PLAIN: Final = frozenset({"F16", "BF16", "F32", "FP16"})
+# The author's matrix had no entries for attn_k_b and attn_v_b, so these were quantized without one;
+# his next files keep them at q8_0 (https://github.com/ikawrakow/ik_llama.cpp/issues/651).
+_MATRIX_LACKED: Final = frozenset({("Kimi-K2-Instruct", "ubergarm v0.1")})
 
 
 def curate(
@@ -51,13 +54,18 @@ def curate(
             mix = row.get("mix") or elsewhere.get((row["model"], row["label"]), "")
             mix = types.get(preset_key(model, preset_of(mix) or "", row["imatrix"]), mix)
             kept = {c: row.get(c, "") for c in COLUMNS}
-            out.append({**kept, "model": model, "mix": mix})
+            imatrix = "no" if _lacked_matrix(row) else kept["imatrix"]
+            out.append({**kept, "model": model, "mix": mix, "imatrix": imatrix})
     return out
 
 
 def _is_current(row: Mapping[str, str]) -> bool:
     old = _SUPERSEDED.search(row["label"]) or _OLD_CODE.search(row.get("notes") or "")
     return not old and not _AGAIN.search(row["label"])
+
+
+def _lacked_matrix(row: Mapping[str, str]) -> bool:
+    return any(row["model"] == m and f"({by})" in row["label"] for m, by in _MATRIX_LACKED)
 
 
 def more() -> list[dict[str, str]]:

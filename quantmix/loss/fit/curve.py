@@ -23,6 +23,7 @@ import numpy as np
 from scipy.optimize import least_squares
 
 from quantmix.ggml.types import table
+from quantmix.loss.curve import OWN_CURVE
 from quantmix.loss.fit.tables import Sweep
 from quantmix.loss.model import FloatArray
 
@@ -40,6 +41,7 @@ _NEAR_BASELINE: Final = {
 _BROKEN: Final = frozenset({"GLM-4.7-Flash"})
 _SCALE: Final = 0.08
 _OUTLIER: Final = 0.6
+_FEW: Final = 5
 # An anchor counts like nine cells of a sweep: there are few, and only they separate the two.
 _ANCHOR: Final = 3.0
 
@@ -81,7 +83,9 @@ def fit_curve(sweeps: Sequence[Sweep], anchors: Sequence[tuple[float, float]]) -
     start = _start(data)
     first = _solve(data, start)
     residual = _predict(data, first) - data.ln_kld
-    keep = np.abs(residual) < _OUTLIER
+    # Of a type on few models nothing tells a broken cell from a wide spread.
+    few = np.bincount(data.type, minlength=len(data.types))[data.type] < _FEW
+    keep = (np.abs(residual) < _OUTLIER) | few
     data = replace(data, model=data.model[keep], type=data.type[keep], ln_kld=data.ln_kld[keep])
     params = _solve(data, first)
     residual = _predict(data, params) - data.ln_kld
@@ -115,9 +119,9 @@ def _collect(sweeps: Sequence[Sweep], anchors: Sequence[tuple[float, float]]) ->
         limit = _NEAR_BASELINE.get(sweep.model, 99.0)
         for name, kld in sweep.kld.items():
             known = types.get(name)
-            usable = known is not None and known.cuda and known.family != "ternary"
+            usable = known is not None and known.writable and known.family != "ternary"
             if usable and known is not None and kld > 0.0 and known.bpw < limit:
-                own = known.interleave == 1 or name in ("iq1_s_r4", "iq1_m_r4")
+                own = known.interleave == 1 or name in OWN_CURVE
                 near = limit == 4.0 and known.bpw >= 4.0 and name not in ("iq4_k", "q4_K")
                 if own and not near:
                     cells.append((sweep.model, name, np.log(kld)))

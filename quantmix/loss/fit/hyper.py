@@ -19,7 +19,7 @@ from typing import Any, Final
 import numpy as np
 from scipy.stats import norm, t
 
-from quantmix.loss import backtest, calibrate, cases, evidence, features, response
+from quantmix.loss import backtest, calibrate, cases, evidence, features, prior, response
 from quantmix.loss.calibrate import Hyper
 from quantmix.loss.fit.curve import CurveFit
 
@@ -57,6 +57,7 @@ def start(curve: CurveFit) -> Hyper:
         solved=0.0, quantiles=(1.645, 1.645), quantiles_prior=(1.645, 1.645),
         moe_ln_scale=-4.2, moe_ln_scale_sd=0.3,
         dense_ln_scale=-4.8, dense_size_slope=0.4, dense_ln_scale_sd=0.3,
+        hybrid_ln_scale=-4.8, hybrid_size_slope=0.4, hybrid_ln_scale_sd=0.3,
         size_curve=(0.5, -3.0, 0.0),
     )  # fmt: skip
 
@@ -111,17 +112,19 @@ def _apart(part: Sequence[Mapping[str, str]], h: Hyper) -> list[cases.Cases]:
 
 def population(found: Sequence[cases.Cases], h: Hyper) -> Hyper:
     """Return `h` with population means and spreads fitted to the models of `found`."""
-    wide = replace(h, moe_ln_scale_sd=1.0, dense_ln_scale_sd=1.0)
+    wide = replace(h, moe_ln_scale_sd=1.0, dense_ln_scale_sd=1.0, hybrid_ln_scale_sd=1.0)
     points = [p for p in (_point(c, wide) for c in found) if p is not None]
-    sparse = [(0.0, p.scale, p.variance) for p in points if p.is_moe]
-    dense = [(p.smallness, p.scale, p.variance) for p in points if not p.is_moe]
-    a, _, a_sd = _random_effects(sparse, slope=False)
-    b, b_slope, b_sd = _random_effects(dense, slope=True)
-    x, y = np.array([s for p in points if p.is_moe for s in p.sizes]).T
+    sparse = [p for p in points if p.family not in calibrate.SIZED_FAMILIES]
+    a, _, a_sd = _random_effects([(0.0, p.scale, p.variance) for p in sparse], slope=False)
+    b, b_slope, b_sd = _by_size(points, "dense")
+    c, c_slope, c_sd = _by_size(points, "hybrid")
+    x, y = np.array([s for p in sparse for s in p.sizes]).T
     size = np.polynomial.polynomial.polyfit(x, y, 2)
     return replace(
         h, moe_ln_scale=round(a, 2), moe_ln_scale_sd=round(a_sd, 2), dense_ln_scale=round(b, 2),
         dense_size_slope=round(b_slope, 2), dense_ln_scale_sd=round(b_sd, 2),
+        hybrid_ln_scale=round(c, 2), hybrid_size_slope=round(c_slope, 2),
+        hybrid_ln_scale_sd=round(c_sd, 2),
         size_curve=tuple(round(float(c), 2) for c in size),
     )  # fmt: skip
 
@@ -130,11 +133,17 @@ def population(found: Sequence[cases.Cases], h: Hyper) -> Hyper:
 class _Point:
     """One model's own scale with its variance, and ln damage of its mixes by ln(bpw/4)."""
 
-    is_moe: bool
+    family: str
     smallness: float
     scale: float
     variance: float
     sizes: list[tuple[float, float]]
+
+
+def _by_size(points: Sequence[_Point], family: str) -> tuple[float, float, float]:
+    """Return mean at 27 B weights, slope towards small models, and spread of one family."""
+    mine = [(p.smallness, p.scale, p.variance) for p in points if p.family == family]
+    return _random_effects(mine, slope=True)
 
 
 def _point(case: cases.Cases, wide: Hyper) -> _Point | None:
@@ -143,12 +152,12 @@ def _point(case: cases.Cases, wide: Hyper) -> _Point | None:
         return None
     m = case.model
     known = calibrate.prior(
-        case.bench.ln_base, case.bench.ln_base_sd, m.n_elements, m.hparams.is_moe, wide
+        case.bench.ln_base, case.bench.ln_base_sd, m.n_elements, prior.family(m), wide
     )
     posterior = calibrate.fit(exact, known, wide)
     gains = np.exp(features.ln_gains())
     return _Point(
-        is_moe=m.hparams.is_moe,
+        family=prior.family(m),
         smallness=math.log(27e9 / m.n_elements),
         scale=float(posterior.theta[response.SCALE]),
         variance=float(posterior.covariance[response.SCALE, response.SCALE]),
@@ -210,7 +219,8 @@ def _score(found: Sequence[cases.Cases], h: Hyper) -> _Score:
     loss = {}
     for case in found:
         total = 0.0
-        for p, measured in backtest.predictions(case, h):
+        # The noise that models have in common: what one scatters beyond it comes on top.
+        for p, measured in backtest.predictions(case, h, inflate=False):
             z2 = ((measured - p.ln_ppl) / p.sd) ** 2
             total += math.log(p.sd) + 3.0 * math.log1p(z2 / 5.0)
         # A model with many recipes says more, but not in proportion: its rows resemble each other.
