@@ -257,8 +257,8 @@ def _others(names: set[str], qtype: GgmlType | None) -> list[str]:
     """Return the types of `names` whose quantization is not that of `qtype`."""
     if qtype is None:
         return []
-    own = curve.own_name(qtype)
-    return sorted(n for n in names if curve.own_name(get(n)) != own)
+    own = curve.weights_name(qtype)
+    return sorted(n for n in names if curve.weights_name(get(n)) != own)
 
 
 def _sha256(path: Path) -> str:

@@ -112,14 +112,14 @@ def _known(file: Path | None) -> tuple[list[evidence.Published], list[tuple[str,
 def _not_judged(case: cases.Cases) -> list[tuple[str, str]]:
     """Return the rows that serve as evidence but cannot be predicted, with why."""
     exact = set(case.exact)
-
-    def why(row: Row) -> str:
-        if not row.exact:
-            return "only its size is published: evidence, not judged"
-        return "it is the base that others are compared with" if row.w.any() else "unquantized"
-
-    rows = enumerate(case.bench.rows)
-    return [(f"{case.model.id}: {row.id}", why(row)) for i, row in rows if i not in exact]
+    return [
+        (
+            f"{case.model.id}: {row.id}",
+            "unquantized" if row.exact else "only its size is published: evidence, not judged",
+        )
+        for i, row in enumerate(case.bench.rows)
+        if i not in exact
+    ]
 
 
 def without(model_id: str) -> Hyper:
@@ -325,7 +325,7 @@ def _posterior(
 ) -> calibrate.Posterior:
     bench, model = case.bench, case.model
     known = calibrate.prior(
-        bench.ln_base, bench.ln_base_sd, model.n_elements, prior.family(model), h
+        bench.ln_base, bench.ln_base_sd, model.n_elements, prior.scale_law(model), h
     )
     return calibrate.fit([rows[j] for j in keep], known, h)
 

@@ -30,8 +30,6 @@ from quantmix.loss.model import FloatArray
 
 _NU = 5.0
 _MAX_STEPS = 60
-# Families whose damage falls with size; the others are sparse.
-SIZED_FAMILIES = ("dense", "hybrid")
 # Median of |t| with 5 degrees of freedom.
 _MEDIAN_T = 0.727
 _FEW = 5
@@ -147,29 +145,28 @@ class Prediction:
         return self.ln_ppl - float(np.sqrt(down + edge)), self.ln_ppl + float(np.sqrt(up + edge))
 
 
-def ln_scale_prior(n_elements: int, family: str, h: Hyper) -> tuple[float, float]:
-    """Return mean and sd of k for a model of that size and sensitivity family.
+def ln_scale_prior(n_elements: int, law: str, h: Hyper) -> tuple[float, float]:
+    """Return mean and sd of k for a model of that size under a law of `loss.prior.scale_law`.
 
-    Models that are not sparse lose more when small: hybrid ones by one law that fits them closely,
-    others (pure attention) by a loose one. Sparse families were not told apart by what is measured.
+    Models that are not sparse lose more when small: those of one line closely, others loosely.
     """
-    if family not in SIZED_FAMILIES:
+    if law == "sparse":
         return h.moe_ln_scale, h.moe_ln_scale_sd
     size = float(np.log(27e9 / max(n_elements, 10**7)))
-    if family == "hybrid":
+    if law == "hybrid":
         return h.hybrid_ln_scale + h.hybrid_size_slope * size, h.hybrid_ln_scale_sd
     return h.dense_ln_scale + h.dense_size_slope * size, h.dense_ln_scale_sd
 
 
 def prior(
-    ln_base: float, ln_base_sd: float, n_elements: int, family: str, h: Hyper | None = None
+    ln_base: float, ln_base_sd: float, n_elements: int, law: str, h: Hyper | None = None
 ) -> Prior:
     """Return the prior of one model's parameters; `ln_base` is its ln PPL unquantized.
 
-    `family` is the sensitivity family of `loss.prior.family`.
+    `law` is how damage goes with size, of `loss.prior.scale_law`.
     """
     h = h or hyper()
-    scale, scale_sd = ln_scale_prior(n_elements, family, h)
+    scale, scale_sd = ln_scale_prior(n_elements, law, h)
     n_types = len(features.columns())
     mean = np.concatenate(
         [[ln_base, scale, 0.0, h.ln_onset], np.zeros(features.N_GROUPS + n_types)]
@@ -226,14 +223,15 @@ def _scatter(
     row draws the fit towards itself by its leverage l, so its residual counts as if it had been
     left out: sd² · (1 - l), the standardized residual of linear regression.
     """
-    n = int(np.count_nonzero(exact))
-    if n < _FEW:
-        return 1.0
     leverage = np.einsum("ij,jk,ik->i", r.jacobian, covariance, r.jacobian)
     leverage *= _weights(r, y, exact, h)
-    free = np.clip(1.0 - leverage, _LEAST_FREE, 1.0)
-    z = np.abs(y - r.ln_ppl) / np.sqrt(noise_variance(r.rise, exact, h) * free)
-    excess = float(np.median(z[exact])) / _MEDIAN_T
+    telling = exact & (1.0 - leverage > _LEAST_FREE)
+    n = int(np.count_nonzero(telling))
+    if n < _FEW:
+        return 1.0
+    variance = noise_variance(r.rise, exact, h)[telling] * (1.0 - leverage[telling])
+    z = np.abs(y - r.ln_ppl)[telling] / np.sqrt(variance)
+    excess = float(np.median(z)) / _MEDIAN_T
     return max(1.0, float(np.sqrt((n * excess**2 + _FEW) / (n + _FEW))))
 
 

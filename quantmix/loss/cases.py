@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
 
 import numpy as np
 
@@ -14,9 +13,6 @@ from quantmix.loss.calibrate import Hyper, Row
 from quantmix.loss.model import FloatArray
 from quantmix.models.model import Model
 from quantmix.models.sources import load_model
-
-# Perplexities are published to four decimals.
-_SAME_LN: Final = 1e-6
 
 
 @dataclass(frozen=True)
@@ -34,13 +30,8 @@ class Cases:
 
     @property
     def exact(self) -> list[int]:
-        """Positions of the rows whose mix is known, quantizes something, and is not the base."""
-        rows = enumerate(self.bench.rows)
-        return [i for i, r in rows if r.exact and r.w.any() and not self.is_base(r)]
-
-    def is_base(self, row: Row) -> bool:
-        """Whether the base perplexity *is* this measurement: nothing is predicted there."""
-        return self.bench.base_known and abs(row.ln_ppl - self.bench.ln_base) < _SAME_LN
+        """Positions of the rows whose mix is known and quantizes something."""
+        return [i for i, r in enumerate(self.bench.rows) if r.exact and r.w.any()]
 
 
 def gather(

@@ -25,8 +25,10 @@ from quantmix.loss.model import FloatArray
 # above zero so that a smaller type never ties with a larger one.
 _FLOAT_GAIN: Final = {"f32": 0.0, "f64": 0.0, "bf16": 1e-6, "f16": 2e-6}
 # Row-interleaved types that measure otherwise than their base; all others are repackings of it.
-# The first two are types of their own; the others round activations in another way.
-OWN_CURVE: Final = frozenset({"iq1_s_r4", "iq1_m_r4", "q6_k_r4", "q8_k_r8"})
+# The first two are types of their own; the others hold the same weights and round activations in
+# another way.
+_OWN_WEIGHTS: Final = frozenset({"iq1_s_r4", "iq1_m_r4"})
+OWN_CURVE: Final = _OWN_WEIGHTS | {"q6_k_r4", "q8_k_r8"}
 _UNMEASURED_PENALTY: Final = 1.25
 _UNMEASURED_SD: Final = 0.35
 # Types of eight bits and more are rounded the same with a matrix and without.
@@ -61,6 +63,11 @@ def _by_type(file: str, column: str) -> dict[str, TypeGain]:
 def own_name(qtype: GgmlType) -> str:
     """Return the name under which a type has its curve: its own, or that of its base."""
     return qtype.name if qtype.name in OWN_CURVE else qtype.base
+
+
+def weights_name(qtype: GgmlType) -> str:
+    """Return the name of the type that rounds *weights* as this one does: mostly its base."""
+    return qtype.name if qtype.name in _OWN_WEIGHTS else qtype.base
 
 
 def gain(qtype: GgmlType) -> TypeGain:

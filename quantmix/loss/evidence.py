@@ -33,6 +33,8 @@ N_CTX = 512
 # A base that its author measured at q8_0 instead of bf16, or another build: ln units.
 _BASE_SD = 0.0005
 _NO_IMATRIX: Final = "made without an importance matrix, whose lack costs each model differently"
+# Perplexities are published to four decimals.
+_SAME_LN: Final = 1e-6
 # A model whose base nobody published: somewhere just below its best measured mix.
 UNKNOWN_BASE_GAP, UNKNOWN_BASE_SD = 0.003, 0.02
 
@@ -205,6 +207,8 @@ def bench(
     """
     h = h or hyper()
     sizes_too = sizes_too and model.hparams.is_moe
+    bases = sorted({p.base_ppl for p in measured if p.base_ppl})
+    known = base_ppl(model) or (bases[0] if bases else None)
     rows, skipped = [], []
     seen: set[tuple[float, bytes]] = set()
     for p in measured:
@@ -212,14 +216,15 @@ def bench(
         if row is None:
             skipped.append((p.label, why))
             continue
+        if known is not None and _is_base(row, known):
+            skipped.append((p.label, "it is the base that others are compared with"))
+            continue
         key = (round(row.ln_ppl, 6), row.w.tobytes())
         if key in seen:
             skipped.append((p.label, "the same measurement is there already"))
             continue
         seen.add(key)
         rows.append(row)
-    bases = sorted({p.base_ppl for p in measured if p.base_ppl})
-    known = base_ppl(model) or (bases[0] if bases else None)
     if known is not None:
         return Bench(model.id, float(np.log(known)), _BASE_SD, True, tuple(rows), tuple(skipped))
     if not rows:
@@ -229,6 +234,15 @@ def bench(
     return Bench(
         model.id, best - UNKNOWN_BASE_GAP, UNKNOWN_BASE_SD, False, tuple(rows), tuple(skipped)
     )
+
+
+def _is_base(row: Row, base: float) -> bool:
+    """Whether the base perplexity *is* this file's: floats or q8_0 throughout, to four decimals.
+
+    Its rise of exactly nothing is no measurement.
+    """
+    lossy = np.delete(row.w, features.columns()["q8_0"], axis=1).any()
+    return row.exact and not lossy and abs(row.ln_ppl - float(np.log(base))) < _SAME_LN
 
 
 def own_bench(model: Model, share: FloatArray, measured: Sequence[Measurement]) -> Bench | None:

@@ -40,8 +40,8 @@ def resolve(
 ) -> list[Mapping[str, float] | None]:
     """Return per tensor the chance of each type (None: not quantizable, or not loaded).
 
-    Type names are those of the type curve (interleaved types under their base). Publishers name
-    what they made small and leave out what stayed large: given the sensitivity `share` of each
+    Type names are those of the type curve (interleaved types mostly under their base). Publishers
+    name what they made small and leave out what stayed large: given the sensitivity `share` of each
     tensor, what a mix does not mention is taken as q6_K when all of it together has at most a
     quarter. Recurrent tensors follow attention unless named.
 

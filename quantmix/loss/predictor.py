@@ -72,7 +72,7 @@ class FittedModel:
     ) -> FittedModel:
         """Fit the posterior of `model` on the rows of `bench`."""
         known = calibrate.prior(
-            bench.ln_base, bench.ln_base_sd, model.n_elements, prior.family(model)
+            bench.ln_base, bench.ln_base_sd, model.n_elements, prior.scale_law(model)
         )
         posterior = calibrate.fit(bench.rows, known)
         return cls(share, posterior, bench, "calibrated" if bench.rows else "prior", imatrix)

@@ -85,6 +85,21 @@ def family(model: Model) -> str:
     return "gqa" if h.is_moe else "dense"
 
 
+# Architectures of the hybrid models whose scale was fitted: one maker's line.
+_HYBRID_LINE: Final = frozenset({"qwen35", "qwen3next"})
+
+
+def scale_law(model: Model) -> str:
+    """Return how the damage of a model goes with its size: sparse, hybrid or dense.
+
+    "hybrid" is the law of one line of models; what else mixes attention and recurrence is as
+    uncertain as any dense model.
+    """
+    if model.hparams.is_moe:
+        return "sparse"
+    return "hybrid" if family(model) == "hybrid" and model.arch in _HYBRID_LINE else "dense"
+
+
 def depth_shape(
     u: FloatArray | float, slope: float, bend: float, first: float, last: float
 ) -> FloatArray:

@@ -67,11 +67,14 @@ class RoleDamage:
     relative_sd: float
 
     def error(self, qtype: GgmlType) -> float:
-        """Return the weighted error at a type; unknown ones along the type curve."""
-        name = curve.own_name(qtype)
+        """Return the weighted error at a type; unknown ones along the type curve.
+
+        What interleaving changes is activations; the weights are those of the base.
+        """
+        name = curve.weights_name(qtype)
         if name in self.errors:
             return self.errors[name]
-        gain = curve.gain(qtype).gain
+        gain = curve.gain_of(name).gain
         if gain <= 0.0:
             return 0.0
         types = _types()
@@ -104,7 +107,7 @@ class RoleDamage:
         kld = math.exp(ln)
         if qtype.is_quantized:
             kld += self.fine if qtype.name in FINE_ACTIVATIONS else self.coarse
-        return kld * math.exp(self.offsets.get(curve.own_name(qtype), 0.0))
+        return kld * math.exp(self.offsets.get(curve.weights_name(qtype), 0.0))
 
     def outside(self, qtype: GgmlType) -> bool:
         """Whether a type is worse than any that was probed."""

@@ -14,11 +14,13 @@ THREADS=${THREADS:-$(nproc)}
 
 custom=$(cat <<'RULES'
 # Attention
-^blk\.[0-9]+\.attn_(k_b|kv_a_mqa|q_a|v_b)\.weight$=q8_0
-^blk\.([0-9]|1[0-6]|5[1-9]|60)\.attn_output\.weight$=iq6_k
-^blk\.(1[7-9]|[2-4][0-9]|50)\.attn_output\.weight$=q8_0
-^blk\.[0-5]\.attn_q_b\.weight$=iq6_k
-^blk\.([6-9]|[1-5][0-9]|60)\.attn_q_b\.weight$=q8_0
+^blk\.[0-9]+\.attn_(k_b|kv_a_mqa|v_b)\.weight$=q8_0
+^blk\.([0-9]|1[0-6]|5[2-9]|60)\.attn_output\.weight$=iq6_k
+^blk\.(1[7-9]|[2-4][0-9]|5[01])\.attn_output\.weight$=q8_0
+^blk\.0\.attn_q_a\.weight$=iq6_k
+^blk\.([1-9]|[1-5][0-9]|60)\.attn_q_a\.weight$=q8_0
+^blk\.([0-6]|60)\.attn_q_b\.weight$=iq6_k
+^blk\.([7-9]|[1-5][0-9])\.attn_q_b\.weight$=q8_0
 
 # Dense feed-forward
 ^blk\.[0-9]+\.ffn_(down|gate|up)\.weight$=iq5_k
@@ -27,11 +29,11 @@ custom=$(cat <<'RULES'
 ^blk\.[0-9]+\.ffn_(down|gate|up)_shexp\.weight$=q8_0
 
 # Routed experts
+^blk\.(3[7-9]|4[06-9]|50)\.ffn_(gate|up)_exps\.weight$=iq4_k
 ^blk\.([5-9]|1[0-8])\.ffn_(gate|up)_exps\.weight$=iq4_kt
 ^blk\.[12]\.ffn_(gate|up)_exps\.weight$=iq3_kt
-^blk\.(19|2[0-9]|3[0-8]|4[1-4]|5[2-9]|60)\.ffn_(gate|up)_exps\.weight$=iq4_ks
+^blk\.(19|2[0-9]|3[0-6]|4[1-5]|5[1-9]|60)\.ffn_(gate|up)_exps\.weight$=iq4_ks
 ^blk\.[34]\.ffn_(gate|up)_exps\.weight$=iq3_k
-^blk\.(39|4[05-9]|5[01])\.ffn_(gate|up)_exps\.weight$=iq4_k
 ^blk\.(1[6-9]|2[0-9])\.ffn_down_exps\.weight$=iq4_ks
 ^blk\.([3-5][0-9]|60)\.ffn_down_exps\.weight$=iq4_k
 ^blk\.([3-9]|1[0-5])\.ffn_down_exps\.weight$=iq4_kt

@@ -15,9 +15,10 @@ THREADS=${THREADS:-$(nproc)}
 custom=$(cat <<'RULES'
 # Attention
 ^blk\.[0-9]+\.attn_k\.weight$=iq6_k
-^blk\.[0-9]+\.attn_output\.weight$=iq5_ks
-^blk\.([0-9]|1[1-9])\.attn_q\.weight$=iq4_k
-^blk\.(10|[2-8][0-9]|9[0-3])\.attn_q\.weight$=iq5_ks
+^blk\.([0-9]|[1-68][0-9]|7[0147-9]|9[0-3])\.attn_output\.weight$=iq5_ks
+^blk\.7[2356]\.attn_output\.weight$=iq5_k
+^blk\.([0-9]|1[0-8])\.attn_q\.weight$=iq4_k
+^blk\.(19|[2-8][0-9]|9[0-3])\.attn_q\.weight$=iq5_ks
 ^blk\.([0-9]|[1-8][0-9]|9[0-2])\.attn_v\.weight$=iq6_k
 ^blk\.93\.attn_v\.weight$=q8_0
 
@@ -27,9 +28,10 @@ custom=$(cat <<'RULES'
 ^blk\.8[2-4]\.ffn_(gate|up)_exps\.weight$=iq3_k
 ^blk\.(8[5-9]|9[0-3])\.ffn_(gate|up)_exps\.weight$=iq4_kt
 ^blk\.([19]|[1-7][0-9]|8[01])\.ffn_(gate|up)_exps\.weight$=iq3_kt
-^blk\.([0-9]|[1-6][0-9]|7[0-4])\.ffn_down_exps\.weight$=iq3_kt
-^blk\.7[5-9]\.ffn_down_exps\.weight$=iq3_k
-^blk\.(8[0-9]|9[0-3])\.ffn_down_exps\.weight$=iq4_kt
+^blk\.([0-9]|[1-6][0-9]|7[0-5])\.ffn_down_exps\.weight$=iq3_kt
+^blk\.7[6-9]\.ffn_down_exps\.weight$=iq3_k
+^blk\.(8[0-9]|9[0-2])\.ffn_down_exps\.weight$=iq4_kt
+^blk\.93\.ffn_down_exps\.weight$=iq4_ks
 
 # Token embedding and output
 ^output\.weight$=iq6_k

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,19 @@ def test_the_base_itself_is_not_judged(doc: dict[str, Any]) -> None:
     assert not any(r["id"] == "deepseek-r1-0528: Q8_0" for r in doc["rows"])
     why = {s["id"]: s["why"] for s in doc["skipped"]}
     assert "base" in why["deepseek-r1-0528: Q8_0"]
+    # A bf16 base: the q8_0 file is a mix like any other.
     assert any(r["id"] == "glm-4.5-air: Q8_0" for r in doc["rows"])
+
+
+def test_a_mix_that_measures_like_the_base_is_judged() -> None:
+    """Six bits at exactly the base's perplexity: a coincidence, not the base."""
+    rows = [p for p in evidence.published() if p.model == "deepseek-r1"]
+    row = next(p for p in rows if p.label.startswith("Q8_0"))
+    six = replace(row, label="six bits", mix="all=q6_K", bpw=6.57, imatrix=True)
+    model = catalog_model("deepseek-r1")
+    bench = evidence.bench(model, prior.shares(model), [row, six])
+    assert [r.id for r in bench.rows] == ["six bits"]
+    assert [label for label, _ in bench.skipped] == [row.label]
 
 
 @pytest.mark.slow

@@ -120,6 +120,14 @@ def test_an_unknown_error_lies_between_its_neighbours(smol: Model) -> None:
     assert ERRORS["iq4_ks"] < found.error(get("iq3_k")) < ERRORS["iq3_ks"]
 
 
+def test_interleaving_changes_no_weights(smol: Model) -> None:
+    """q8_k_r8 and q6_k_r4 round activations otherwise, which is not the error of the weights."""
+    probes = [_probe("ffn_up", n, _kld(n, 4.2, 0.003, 0.0006)) for n in ("iq3_ks", "q8_0")]
+    found = _fit(smol, _measured(*probes))["ffn_up"]
+    for name, base in (("q8_k_r8", "q8_0"), ("q6_k_r4", "q6_K"), ("iq3_ks", "iq3_ks")):
+        assert found.error(get(name)) == found.error(get(base))
+
+
 def test_beyond_the_worst_probed_type_it_is_steeper_and_said(smol: Model) -> None:
     """iq2_ks with iq3_ks as the worst probed: more than in proportion to its error, and outside."""
     probes = [_probe("ffn_up", n, _kld(n, 4.2, 0.003, 0.0006)) for n in ("iq3_ks", "iq4_ks")]

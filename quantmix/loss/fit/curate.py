@@ -3,9 +3,10 @@
 Kept: wiki.test.raw at context 512, models of the catalog, current quantization code. Dropped:
 sweeps on calibration text, rows of code that was replaced, the same file made again (by another
 program, with less text for its matrix), models under other names (finetunes, quantization-aware
-variants). Nothing is changed in a row but the model name (catalog
-id); a row without a mix gets the one that its author published elsewhere (`mixes.csv`, with the
-page), a preset of llama-quantize gets its types by tensor (`presets.csv`).
+variants). Nothing is changed in a row but the model name (catalog id), and `imatrix` where the
+author found entries missing in his; a row without a mix gets the one that its author published
+elsewhere (`mixes.csv`, with the page), a preset of llama-quantize gets its types by tensor
+(`presets.csv`).
 """
 
 from __future__ import annotations

@@ -114,7 +114,7 @@ def population(found: Sequence[cases.Cases], h: Hyper) -> Hyper:
     """Return `h` with population means and spreads fitted to the models of `found`."""
     wide = replace(h, moe_ln_scale_sd=1.0, dense_ln_scale_sd=1.0, hybrid_ln_scale_sd=1.0)
     points = [p for p in (_point(c, wide) for c in found) if p is not None]
-    sparse = [p for p in points if p.family not in calibrate.SIZED_FAMILIES]
+    sparse = [p for p in points if p.law == "sparse"]
     a, _, a_sd = _random_effects([(0.0, p.scale, p.variance) for p in sparse], slope=False)
     b, b_slope, b_sd = _by_size(points, "dense")
     c, c_slope, c_sd = _by_size(points, "hybrid")
@@ -133,16 +133,16 @@ def population(found: Sequence[cases.Cases], h: Hyper) -> Hyper:
 class _Point:
     """One model's own scale with its variance, and ln damage of its mixes by ln(bpw/4)."""
 
-    family: str
+    law: str
     smallness: float
     scale: float
     variance: float
     sizes: list[tuple[float, float]]
 
 
-def _by_size(points: Sequence[_Point], family: str) -> tuple[float, float, float]:
-    """Return mean at 27 B weights, slope towards small models, and spread of one family."""
-    mine = [(p.smallness, p.scale, p.variance) for p in points if p.family == family]
+def _by_size(points: Sequence[_Point], law: str) -> tuple[float, float, float]:
+    """Return mean at 27 B weights, slope towards small models, and spread under one law."""
+    mine = [(p.smallness, p.scale, p.variance) for p in points if p.law == law]
     return _random_effects(mine, slope=True)
 
 
@@ -152,12 +152,12 @@ def _point(case: cases.Cases, wide: Hyper) -> _Point | None:
         return None
     m = case.model
     known = calibrate.prior(
-        case.bench.ln_base, case.bench.ln_base_sd, m.n_elements, prior.family(m), wide
+        case.bench.ln_base, case.bench.ln_base_sd, m.n_elements, prior.scale_law(m), wide
     )
     posterior = calibrate.fit(exact, known, wide)
     gains = np.exp(features.ln_gains())
     return _Point(
-        family=prior.family(m),
+        law=prior.scale_law(m),
         smallness=math.log(27e9 / m.n_elements),
         scale=float(posterior.theta[response.SCALE]),
         variance=float(posterior.covariance[response.SCALE, response.SCALE]),
