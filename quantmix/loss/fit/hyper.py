@@ -40,6 +40,12 @@ _COVER: Final = 0.92
 _MIN_ROWS: Final = 5
 _NORMAL: Final = 1.65
 _WIDEST: Final = 6.0
+# What the same types cost one model on two texts: sd of its ln over eleven models, the last column
+# of tests/bench/bench_sweeps.py. A prior has to hold on any text.
+_TEXT: Final = 0.4
+# How many times the noise the uncertainty of the rise must be to decide, where only the prior
+# speaks: it is so uncertain of any rise that few predictions are left to fit noise on otherwise.
+_MOSTLY_PRIOR: Final = 2.0
 
 
 @dataclass(frozen=True)
@@ -176,9 +182,9 @@ def _random_effects(
 ) -> tuple[float, float, float]:
     """Return mean, slope and the spread between models of (x, value, variance) points.
 
-    The spread is iterated (Paule-Mandel) and includes the uncertainty of the mean; at least 0.15.
-    It is what a normal interval must use to reach as far as Student's t at 90 %: a spread seen on
-    eight models is itself uncertain.
+    The spread is iterated (Paule-Mandel) and includes the uncertainty of the mean; at least what
+    one model differs by from text to text. It is what a normal interval must use to reach as far as
+    Student's t at 90 %: a spread seen on eight models is itself uncertain.
     """
     x = np.array([p[0] for p in points])
     v = np.array([p[1] for p in points])
@@ -194,7 +200,7 @@ def _random_effects(
         between = max(between, 1e-4)
     spread = math.sqrt(between + float(np.linalg.inv(normal)[0, 0]))
     spread *= float(t.ppf(0.95, max(1, len(v) - design.shape[1])) / norm.ppf(0.95))
-    return float(beta[0]), float(beta[1]) if slope else 0.0, max(spread, 0.15)
+    return float(beta[0]), float(beta[1]) if slope else 0.0, max(spread, _TEXT)
 
 
 def _descend(found: Sequence[cases.Cases], h: Hyper) -> list[tuple[Hyper, _Score]]:
@@ -293,7 +299,7 @@ def _quantiles(
     for case in (c for c in usable if c.model.id != without and c.bench.base_known):
         found = backtest.predictions(case, h, prior_only=True)
         models += [_Left(p, y, 1.0 / len(found)) for p, y in found]
-    return replace(h, quantiles=_quantile(rows), quantiles_prior=_quantile(models))
+    return replace(h, quantiles=_quantile(rows), quantiles_prior=_quantile(models, _MOSTLY_PRIOR))
 
 
 @dataclass(frozen=True, slots=True)
@@ -305,15 +311,18 @@ class _Left:
     weight: float
 
 
-def _quantile(left: Sequence[_Left]) -> tuple[float, float]:
+def _quantile(left: Sequence[_Left], mostly: float = 1.0) -> tuple[float, float]:
     """Return the least quantiles whose intervals cover `_COVER`, of ln rise and of noise.
 
-    The first is fitted on predictions whose uncertainty is mostly that of the rise, the second on
-    the others, in turn: at high bits noise decides, at low bits the model. Neither is less than
-    what 90 % take of a normal distribution.
+    The first is fitted on predictions whose uncertainty is that of the rise (over `mostly` times
+    the noise), the second on the others, in turn: at high bits noise decides, at low bits the
+    model. Neither is less than what 90 % take of a normal distribution.
     """
-    rise = [x for x in left if x.prediction.relative * x.prediction.rise > x.prediction.edge]
-    noise = [x for x in left if x.prediction.relative * x.prediction.rise <= x.prediction.edge]
+    rise: list[_Left] = []
+    noise: list[_Left] = []
+    for x in left:
+        p = x.prediction
+        (rise if p.relative * p.rise > mostly * p.edge else noise).append(x)
     first, second = _NORMAL, _NORMAL
     for _ in range(4):
         first = _least(rise, lambda q, other=second: (q, other))  # type: ignore[misc]
