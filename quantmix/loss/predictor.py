@@ -75,7 +75,9 @@ class FittedModel:
             bench.ln_base, bench.ln_base_sd, model.n_elements, prior.scale_law(model)
         )
         posterior = calibrate.fit(bench.rows, known)
-        return cls(share, posterior, bench, "calibrated" if bench.rows else "prior", imatrix)
+        # Files known by size only say little of scale and nothing of types.
+        known_mix = any(r.exact and r.w.any() for r in bench.rows)
+        return cls(share, posterior, bench, "calibrated" if known_mix else "prior", imatrix)
 
     def damage(self, model: Model, types: Sequence[GgmlType]) -> FloatArray:
         """Return damage in nats, shape (n_tensors, n_types); see `LossModel.damage`."""
@@ -109,7 +111,7 @@ class FittedModel:
         rise = float(response.super_additive(damage, ln_c, h.power))
         base = math.exp(self.bench.ln_base)
         known = self.bench.base_known
-        low, high = p.bounds(h.quantiles_prior if self.basis == "prior" else h.quantiles)
+        low, high = p.bounds(h.quantiles if self.bench.rows else h.quantiles_prior)
         low = rise - (p.ln_ppl - low)
         high = rise + (high - p.ln_ppl) * trust.widening(model, mix, damage)
         # No model is worse than guessing among all tokens.

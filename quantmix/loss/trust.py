@@ -102,7 +102,7 @@ def warnings(
             "make one with `quantmix imatrix`"
         )
     if loss.basis == "prior":
-        out.append("no measurement of this model is known: the prediction is the prior's")
+        out.append("no measured mix of this model is known: the prediction is mostly the prior's")
     return tuple(out)
 
 

@@ -62,7 +62,7 @@ def test_a_model_without_measurements_has_a_ratio_but_no_ppl() -> None:
     assert q.ppl is None
     assert q.ln_ppl_ratio > 0.0
     assert q.basis == "prior"
-    assert any("no measurement" in w for w in q.warnings)
+    assert any("no measured mix" in w for w in q.warnings)
 
 
 def test_an_unknown_base_does_not_blur_the_ratio() -> None:
@@ -138,3 +138,14 @@ def test_calibration_moves_the_prior_towards_what_was_published() -> None:
 
     assert alone.basis == "prior"
     assert width(calibrated) < 0.8 * width(alone)
+
+
+def test_files_known_by_size_only_do_not_make_a_model_calibrated() -> None:
+    """Kimi-K2.6 has six published files and no published mix: the prior speaks, and says so."""
+    model = catalog_model("kimi-k2.6")
+    loss = FittedModel.of(model)
+    assert loss.bench.rows
+    assert loss.basis == "prior"
+    quality = loss.quality(model, [get("iq4_k") if t.quantizable else None for t in model.tensors])
+    assert quality.basis == "prior"
+    assert any("no measured mix" in w for w in quality.warnings)
