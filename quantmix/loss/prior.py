@@ -24,6 +24,8 @@ from quantmix.models.model import Model, Tensor
 CLASSES: Final = ("experts", "ffn", "attention")
 # A role that no table knows counts like a small attention matrix.
 _UNKNOWN_SHARE: Final = 0.06
+# Architecture of the hybrid models that the law of size was fitted on: Qwen3.5 and its successors.
+_HYBRID_LINE: Final = "qwen35"
 # A sparse-attention indexer chooses among more than its top-k (2048) tokens: on the common bench
 # (context 512) it does nothing. Above zero, so that no solver starves it.
 _INDEXER_SHARE: Final = 0.01
@@ -85,19 +87,15 @@ def family(model: Model) -> str:
     return "gqa" if h.is_moe else "dense"
 
 
-# Architectures of the hybrid models whose scale was fitted: one maker's line.
-_HYBRID_LINE: Final = frozenset({"qwen35", "qwen3next"})
-
-
 def scale_law(model: Model) -> str:
     """Return how the damage of a model goes with its size: sparse, hybrid or dense.
 
-    "hybrid" is the law of one line of models; what else mixes attention and recurrence is as
-    uncertain as any dense model.
+    "hybrid" is the law of the one line of models it was fitted on; what else mixes attention and
+    recurrence is as uncertain as any dense model.
     """
     if model.hparams.is_moe:
         return "sparse"
-    return "hybrid" if family(model) == "hybrid" and model.arch in _HYBRID_LINE else "dense"
+    return "hybrid" if family(model) == "hybrid" and model.arch == _HYBRID_LINE else "dense"
 
 
 def depth_shape(

@@ -26,10 +26,11 @@ never do).
 - `unseen/deepseek-r1-0528.csv`: six files whose perplexity was known all along and a seventh found
   with it; median error 0.38 %, all inside. Of five the page does not list the types (`mix_from`):
   those are the mix that gives the published size, and where an author raised some layers, how many
-  and not which. Nobody says whether DQ4_K_R4 had a matrix; it was scored as having none.
+  and not which (numbers of tensors: from a survey of headers whose page the index does not name).
+  Nobody says whether DQ4_K_R4 had a matrix; it was scored as having none.
 - `unseen/kimi-k2-instruct.csv`: thirteen files, median error 1.6 %, nine inside. This led to the
   finding that the first ones (v0.1) were made with a matrix that lacked two tensors of attention;
-  their like calibrated the model then.
+  their like calibrated the model then. The types of experts follow from name and exact size.
 """
 
 from __future__ import annotations

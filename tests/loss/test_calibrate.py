@@ -87,8 +87,8 @@ def test_small_dense_models_lose_more() -> None:
     """The prior scale grows as a dense model shrinks, not as a sparse one does."""
     h = calibrate.hyper()
 
-    def scales(family: str) -> list[float]:
-        return [calibrate.ln_scale_prior(n, family, h)[0] for n in (27 * 10**9, 75 * 10**7)]
+    def scales(law: str) -> list[float]:
+        return [calibrate.ln_scale_prior(n, law, h)[0] for n in (27 * 10**9, 75 * 10**7)]
 
     large, small_one = scales("hybrid")
     assert small_one > large + 1.0

@@ -32,7 +32,8 @@ PRESET: Final = "ftype:"
 PART: Final = "wiki.test.raw (part)"
 _PLAIN: Final = frozenset({"F16", "BF16", "F32", "FP16"})
 # The author's matrix had no entries for attn_k_b and attn_v_b, so these were quantized without one;
-# his next files keep them at q8_0 (https://github.com/ikawrakow/ik_llama.cpp/issues/651).
+# his next files keep them at q8_0 (https://github.com/ikawrakow/ik_llama.cpp/issues/651). He was
+# not sure that this alone made the first ones worse.
 _MATRIX_LACKED: Final = frozenset({("Kimi-K2-Instruct", "ubergarm v0.1")})
 
 
