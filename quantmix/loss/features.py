@@ -32,6 +32,7 @@ GROUPS: Final = (
     "attention",
 )
 N_GROUPS: Final = len(GROUPS)
+FLOATS: Final = frozenset({"f32", "f16", "bf16", "f64"})
 
 
 def group(tensor: Tensor, n_layer: int) -> int:
@@ -86,15 +87,25 @@ def bits() -> FloatArray:
     return np.array([by_name[name] for name in columns()])
 
 
-def of_types(model: Model, share: FloatArray, mix: Sequence[GgmlType | str | None]) -> FloatArray:
-    """Return W of a mix, one type (or its name) per tensor, shape (N_GROUPS, n_columns)."""
+def of_types(
+    model: Model,
+    share: FloatArray,
+    mix: Sequence[GgmlType | str | None],
+    *,
+    imatrix: bool = True,
+) -> FloatArray:
+    """Return W of a mix, one type (or its name) per tensor, shape (N_GROUPS, n_columns).
+
+    Args:
+        imatrix: whether it was made with an importance matrix; see `lossless`.
+    """
     out = np.zeros((N_GROUPS, len(columns())))
     for tensor, weight, qtype in zip(model.tensors, share, mix, strict=True):
         if qtype is None or weight <= 0.0:
             continue
         name = qtype if isinstance(qtype, str) else curve.own_name(qtype)
         column = columns().get(name)
-        if column is not None and not _kept(tensor, name):
+        if column is not None and not lossless(tensor, name, imatrix=imatrix):
             out[group(tensor, model.hparams.n_layer), column] += weight
     return out
 
@@ -109,10 +120,17 @@ def of_fractions(
             continue
         for name, chance in chances.items():
             column = columns().get(name)
-            if column is not None and not _kept(tensor, name):
+            if column is not None and not lossless(tensor, name):
                 out[group(tensor, model.hparams.n_layer), column] += weight * chance
     return out
 
 
-def _kept(tensor: Tensor, name: str) -> bool:
-    return tensor.source_type == name
+def lossless(tensor: Tensor, name: str, *, imatrix: bool = True) -> bool:
+    """Whether a type leaves the weights as they were trained: a float, or their `exact_type`.
+
+    The latter is found with an importance matrix only (`models/trained.py`), unless the source has
+    it. Another quantized type of the source is no such thing: it lost something already.
+    """
+    if name == tensor.source_type:
+        return name == tensor.exact_type or name in FLOATS
+    return imatrix and name == tensor.exact_type

@@ -24,7 +24,10 @@ _FORM_SUFFIXES = ("-gguf", "-bf16", "-fp16", "-f16", "-fp8", "-hf", "-safetensor
 
 @dataclass(frozen=True, slots=True)
 class CatalogEntry:
-    """One known model: names, hyper-parameters, and how sure we are."""
+    """One known model: names, hyper-parameters, and how sure we are.
+
+    `exact_experts` is the type that holds the routed experts as they were trained, if there is one.
+    """
 
     id: str
     display: str
@@ -32,6 +35,7 @@ class CatalogEntry:
     hf_repo: str
     arch: str
     hparams: HParams
+    exact_experts: str
     n_tensors: int
     total_params: int
     verified: str
@@ -126,6 +130,7 @@ def _entry(row: dict[str, str]) -> CatalogEntry:
         hf_repo=row["hf_repo"],
         arch=row["arch"],
         hparams=HParams(**values),  # type: ignore[arg-type]
+        exact_experts=row["exact_experts"],
         n_tensors=int(row["n_tensors"]),
         total_params=int(row["total_params"]),
         verified=row["verified"],

@@ -14,7 +14,8 @@ from typing import Any, Final
 from quantmix.errors import BadFile, UnknownName
 from quantmix.ggml.header import RawArray
 from quantmix.ggml.shards import GgufSet
-from quantmix.models.arch import ARCHITECTURES, base
+from quantmix.models import trained
+from quantmix.models.arch import ARCHITECTURES, base, trained_in
 from quantmix.models.catalog import CatalogEntry, find
 from quantmix.models.model import MAX_LAYERS, HParams, Layout, Model
 
@@ -24,8 +25,14 @@ _QUANT_SUFFIX: Final = re.compile(
 )
 
 
-def model_from_gguf(found: GgufSet, source: str) -> Model:
+def model_from_gguf(
+    found: GgufSet, source: str, data: Mapping[str, trained.StoredData] | None = None
+) -> Model:
     """Build the model that headers describe; tensors keep their order and types.
+
+    Args:
+        data: where the data of local files lies: it says which weights were trained in 4 bits;
+            without it the catalog does.
 
     Raises:
         BadFile: no tensors, or metadata that a model cannot have.
@@ -44,7 +51,13 @@ def model_from_gguf(found: GgufSet, source: str) -> Model:
     has_output = "output.weight" in shapes
     tensors = tuple(
         base.as_tensor(
-            t.name, t.shape, t.type.name, h, has_output=has_output, has_k_b=layout == "ik"
+            t.name,
+            t.shape,
+            t.type.name,
+            h,
+            has_output=has_output,
+            has_k_b=layout == "ik",
+            exact_type=trained_in(arch, t.type.name),
         )
         for t in found.tensors
     )
@@ -56,7 +69,7 @@ def model_from_gguf(found: GgufSet, source: str) -> Model:
             f"architecture {arch!r} has no module of its own: tensors are taken as the file lists "
             "them, the KV cache is computed as plain attention",
         )
-    return Model(
+    model = Model(
         id=known.id if known else _slug(found.name or name),
         arch=arch,
         layout=layout,
@@ -67,6 +80,17 @@ def model_from_gguf(found: GgufSet, source: str) -> Model:
         display=known.display if known else name or found.name,
         notes=notes,
     )
+    return trained.mark(model, _exact_types(model, known, data or {}))
+
+
+def _exact_types(
+    model: Model, known: CatalogEntry | None, data: Mapping[str, trained.StoredData]
+) -> dict[str, str]:
+    """Return by role the type that holds weights as trained: as the data says, else the catalog."""
+    exact = trained.expert_roles(model, known.exact_experts) if known else {}
+    seen = trained.roles_on_grid(model.tensors, data)
+    exact |= {role: trained.GRID_TYPE for role, fits in seen.items() if fits}
+    return {role: q for role, q in exact.items() if seen.get(role, True)}
 
 
 def layout_of(shapes: Shapes) -> Layout:

@@ -22,6 +22,7 @@ from quantmix.models.catalog import CatalogEntry, find
 from quantmix.models.hf_config import Config, architecture_of, read_config
 from quantmix.models.model import HParams, Layout, Model
 from quantmix.models.safetensors import Shape, parse_json, read_shapes
+from quantmix.models.trained import expert_roles, mark
 
 INDEX: Final = "model.safetensors.index.json"
 _MAX_JSON_BYTES: Final = 64 << 20
@@ -168,7 +169,8 @@ def _named(model: Model) -> Model:
         abs(entry.total_params - model.n_elements) < 0.02 * entry.total_params
     )
     if same:
-        return replace(model, id=entry.id, display=entry.display)
+        known = replace(model, id=entry.id, display=entry.display)
+        return mark(known, expert_roles(known, entry.exact_experts))
     return model
 
 

@@ -93,6 +93,8 @@ class Tensor:
             0 for the input embedding and unloaded MTP blocks).
         quantizable: whether llama-quantize may change its type at all.
         loaded: False when it is in the file but not loaded for inference (MTP blocks).
+        exact_type: ggml type that holds the weights as they were trained, when it is made with an
+            importance matrix (models/trained.py); empty for most.
     """
 
     name: str
@@ -103,6 +105,7 @@ class Tensor:
     active_fraction: float = 1.0
     quantizable: bool = True
     loaded: bool = True
+    exact_type: str = ""
 
     @property
     def n_elements(self) -> int:

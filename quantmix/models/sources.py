@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final, cast, get_args
 
@@ -11,6 +12,7 @@ from quantmix.models.arch import mla, tensors_of
 from quantmix.models.catalog import CatalogEntry, find
 from quantmix.models.from_gguf import model_from_gguf
 from quantmix.models.model import Layout, Model
+from quantmix.models.trained import StoredData, expert_roles, mark
 
 LAYOUTS: Final[tuple[str, ...]] = get_args(Layout)
 
@@ -43,7 +45,8 @@ def load_model(spec: str, *, layout: str | None = None) -> Model:
         if not any(path.glob("*.gguf")):
             return model_from_folder(path, layout)
     if path is not None and (path.exists() or _is_path(spec)):
-        return _as_stored(read_set(path), str(path), layout)
+        found = read_set(path)
+        return _as_stored(found, str(path), layout, _stored(found))
     return from_catalog(find(spec), layout)
 
 
@@ -52,9 +55,20 @@ def _is_path(spec: str) -> bool:
     return spec.lower().endswith(".gguf") or spec.startswith((".", "/", "~"))
 
 
-def _as_stored(found: GgufSet, source: str, layout: str | None) -> Model:
+def _stored(found: GgufSet) -> dict[str, StoredData]:
+    """Return where the data of each tensor of local files lies."""
+    return {
+        info.name: StoredData(Path(header.name), header.data_offset + info.offset, info)
+        for header in found.headers
+        for info in header.tensors
+    }
+
+
+def _as_stored(
+    found: GgufSet, source: str, layout: str | None, data: Mapping[str, StoredData] | None = None
+) -> Model:
     """Build the model of GGUF headers; its layout is what it is."""
-    model = model_from_gguf(found, source)
+    model = model_from_gguf(found, source, data)
     if layout not in (None, model.layout):
         raise UsageError(
             f"layout {layout!r} was asked for, but {source} is stored as {model.layout!r}: "
@@ -70,7 +84,7 @@ def from_catalog(entry: CatalogEntry, layout: str | None = None) -> Model:
         UsageError: the layout does not fit the model.
     """
     chosen = layout_for(entry.arch, entry.id, layout)
-    return Model(
+    model = Model(
         id=entry.id,
         arch=entry.arch,
         layout=chosen,
@@ -80,6 +94,7 @@ def from_catalog(entry: CatalogEntry, layout: str | None = None) -> Model:
         display=entry.display,
         notes=(entry.notes,) if entry.notes else (),
     )
+    return mark(model, expert_roles(model, entry.exact_experts))
 
 
 def layout_for(arch: str, name: str, layout: str | None) -> Layout:

@@ -31,9 +31,13 @@ def write_tiny(
     name: str = "tiny",
     add_bos: bool = False,
     nan: bool = False,
+    four_bits: bool = False,
     dtype: type[np.floating] = np.float16,
 ) -> Path:
-    """Write a random llama model; with `experts` the FFN is a mixture using two of them."""
+    """Write a random llama model; with `experts` the FFN is a mixture using two of them.
+
+    With `four_bits` the experts' weights are multiples, up to 7, of one scale per 32 weights.
+    """
     rng = np.random.default_rng(seed)
     letters = _byte_tokens()
     # One merge, of bytes 0 and 1, which no text holds: every byte is a token of its own.
@@ -66,6 +70,11 @@ def write_tiny(
         data = rng.standard_normal(shape).astype(np.float32) * scale / np.sqrt(shape[-1])
         if nan and tensor == "blk.1.ffn_up.weight":
             data[0, 0] = np.nan
+        if four_bits and "_exps" in tensor:
+            groups = data.reshape(-1, 32)
+            scale32 = np.abs(groups).max(axis=1, keepdims=True).astype(np.float16) / np.float32(7)
+            scale32 = scale32.astype(np.float16).astype(np.float32)
+            data = (np.clip(np.rint(groups / scale32), -7, 7) * scale32).reshape(shape)
         w.add_tensor(tensor, data.astype(dtype))
 
     def norm(tensor: str) -> None:

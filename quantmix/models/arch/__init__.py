@@ -26,14 +26,18 @@ def tensors_of(h: HParams, arch: str, layout: Layout = "plain") -> tuple[Tensor,
     if arch not in _ENTRIES:
         raise UnknownName.of("architecture", arch, ARCHITECTURES)
     mxfp4 = arch in gpt_oss.ARCHS
-    return tuple(
-        base.as_tensor(
-            name,
-            shape,
-            base.source_type(name, base.drop_ones(shape), h, mxfp4),
-            h,
-            has_output=h.output_in_gguf,
-            has_k_b=layout == "ik",
-        )
-        for name, shape in _ENTRIES[arch](h, arch, layout)
-    )
+    tensors = []
+    for name, shape in _ENTRIES[arch](h, arch, layout):
+        dtype = base.source_type(name, base.drop_ones(shape), h, mxfp4)
+        tensors.append(
+            base.as_tensor(
+                name, shape, dtype, h, has_output=h.output_in_gguf, has_k_b=layout == "ik",
+                exact_type=trained_in(arch, dtype),
+            )
+        )  # fmt: skip
+    return tuple(tensors)
+
+
+def trained_in(arch: str, dtype: str) -> str:
+    """Return `dtype` when it is quantized and what such a model was trained in, else nothing."""
+    return dtype if arch in gpt_oss.ARCHS and dtype == gpt_oss.EXPERTS_TYPE else ""

@@ -181,6 +181,7 @@ def as_tensor(
     *,
     has_output: bool,
     has_k_b: bool = False,
+    exact_type: str = "",
 ) -> Tensor:
     """Build the Tensor: role, layer, active share, whether engines may quantize or load it."""
     dims = drop_ones(shape)
@@ -196,4 +197,5 @@ def as_tensor(
         active_fraction=fraction,
         quantizable=is_quantizable(name, dims),
         loaded=loaded,
+        exact_type=exact_type,
     )

@@ -12,6 +12,7 @@ from quantmix.models.arch.base import Entry
 from quantmix.models.model import HParams, Layout
 
 ARCHS = ("gpt-oss",)
+EXPERTS_TYPE = "mxfp4"
 
 
 def entries(h: HParams, arch: str, layout: Layout) -> Iterator[Entry]:
