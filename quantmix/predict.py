@@ -65,7 +65,7 @@ def predict(
             unmatched.append(tensor.name)
         if qtype is not None and qtype.name != asked[tensor.name]:
             fallbacks.append((tensor.name, asked[tensor.name], qtype.name))
-        mix.append(qtype)
+        mix.append(qtype or _lost_already(tensor, engine))
         planned.append(_plan(tensor, qtype, engine))
     quality = loss.quality(model, mix)
     if foreign:
@@ -100,7 +100,11 @@ def read_mix(path: Path, model: Model, engine: Engine = "ik") -> dict[str, str]:
     if is_ours(path):
         from quantmix.recipe import load
 
-        types = {t.name: t.type for t in load(path).tensors}
+        recipe = load(path)
+        same = {t.name: t.shape for t in recipe.tensors} == {t.name: t.shape for t in model.tensors}
+        if recipe.model.id != model.id and not same:
+            raise UsageError(f"{path} is a recipe for {recipe.model.id}, not for {model.id}")
+        types = {t.name: t.type for t in recipe.tensors}
     elif _is_gguf(path):
         from quantmix.models.sources import load_model
 
@@ -158,6 +162,12 @@ def _written(tensor: Tensor, asked: Mapping[str, str], engine: Engine) -> GgmlTy
     if name is None or not tensor.quantizable:
         return None
     return resolve(name, tensor.name, tensor.shape, engine)
+
+
+def _lost_already(tensor: Tensor, engine: Engine) -> GgmlType | None:
+    """Return the type of a kept tensor whose source is quantized: what it cost counts too."""
+    kind = _source_type(tensor, engine)
+    return kind if tensor.quantizable and tensor.loaded and kind.is_quantized else None
 
 
 def _plan(tensor: Tensor, qtype: GgmlType | None, engine: Engine) -> PlannedTensor:

@@ -20,7 +20,7 @@ from typing import Any, Final
 
 from quantmix.errors import BadFile
 
-_VERSION: Final = 1
+_VERSION: Final = 2
 _BUSY_SECONDS: Final = 60.0
 
 
@@ -37,6 +37,8 @@ class Measurement:
         kld, ln_ratio, base: only when measured against a base; `base` is its data fingerprint.
         predicted: what was predicted, as in `verify --json`, or empty.
         types: tensor → type.
+        imatrix: 1 when the file says that it was made with an importance matrix, 0 when it does
+            not, None in rows that did not ask.
     """
 
     model: str
@@ -65,6 +67,7 @@ class Measurement:
     same_top: float | None = None
     predicted: Mapping[str, Any] = field(default_factory=dict)
     types: Mapping[str, str] = field(default_factory=dict)
+    imatrix: int | None = None
     host: str = field(default_factory=socket.gethostname)
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 
@@ -160,6 +163,8 @@ class Store:
         self._db.execute(
             f"CREATE TABLE IF NOT EXISTS measurement (id INTEGER PRIMARY KEY, {', '.join(columns)})"
         )
+        if version == 1:
+            self._db.execute("ALTER TABLE measurement ADD COLUMN imatrix INTEGER")
         self._db.execute("CREATE INDEX IF NOT EXISTS by_model ON measurement (model, mix)")
         self._db.execute(f"PRAGMA user_version = {_VERSION}")
         self._db.execute("COMMIT")

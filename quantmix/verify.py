@@ -23,9 +23,13 @@ from quantmix.engine.scores import Scores
 from quantmix.engine.weights import WeightsFile, open_weights
 from quantmix.errors import BadFile, QuantmixError, UsageError
 from quantmix.ggml.types import Engine
+from quantmix.loss.evidence import N_CTX
 from quantmix.recipe import Recipe
 from quantmix.recipe import load as load_recipe
 from quantmix.store import Measurement, Store
+from quantmix.texts import wikitext
+
+_QUANTILE = 1.645
 
 
 @dataclass(frozen=True)
@@ -33,8 +37,8 @@ class Predicted:
     """What the recipe said, put on this text's scale.
 
     `ppl*` are the measured base PPL times exp(ln_ppl_ratio*) when a base was measured, else the
-    recipe's own. `holds` says whether the measured value lies inside the interval; None when there
-    is no interval to compare with.
+    recipe's own. `holds` says whether the measured value lies inside the interval, its own error
+    granted; None when it cannot be compared: no interval, or another text and no base.
     """
 
     damage: float
@@ -174,7 +178,8 @@ def verify(
                 engine=engine,
                 on_event=on_event,
             )
-        predicted = predict(target.recipe, found) if target.recipe else None
+        whole = chunks is None
+        predicted = predict(target.recipe, found, whole_text=whole) if target.recipe else None
         n_elements = sum(math.prod(info.shape) for info, _, _ in weights.tensors.values())
         verified = Verified(weights, found, predicted, n_elements)
         store.add(_row(verified, base))
@@ -291,8 +296,11 @@ class _OwnBinary:
         )
 
 
-def predict(recipe: Recipe, found: Evaluation) -> Predicted:
-    """Put the recipe's prediction on the scale of the measured text."""
+def predict(recipe: Recipe, found: Evaluation, *, whole_text: bool = True) -> Predicted:
+    """Put the recipe's prediction on the scale of the measured text.
+
+    `whole_text` is False when only some of its chunks were measured.
+    """
     q = recipe.quality
     low, high = q.ln_ppl_ratio_low, q.ln_ppl_ratio_high
     if found.log_ratio is not None:
@@ -302,9 +310,22 @@ def predict(recipe: Recipe, found: Evaluation) -> Predicted:
     else:
         ppl, bounds = q.ppl, [q.ppl_low, q.ppl_high]
     holds = None
-    if bounds[0] is not None and bounds[1] is not None:
-        holds = bounds[0] <= found.perplexity.ppl <= bounds[1]
+    if bounds[0] is not None and bounds[1] is not None and _comparable(recipe, found, whole_text):
+        own = math.exp(_QUANTILE * found.log_ratio.err) if found.log_ratio else 1.0
+        holds = bounds[0] / own <= found.perplexity.ppl <= bounds[1] * own
     return Predicted(q.damage, q.ln_ppl_ratio, ppl, bounds[0], bounds[1], q.interval, holds)
+
+
+def _comparable(recipe: Recipe, found: Evaluation, whole_text: bool) -> bool:
+    """Whether a measured perplexity is on the scale of the prediction.
+
+    With a base it is. Without one only on the whole text that published perplexities are of, and
+    not where own probes of another text were the basis.
+    """
+    if found.log_ratio is not None:
+        return True
+    published = found.corpus_sha256 == wikitext.SHA256 and found.n_ctx == N_CTX and whole_text
+    return published and recipe.quality.basis != "measured"
 
 
 def _row(verified: Verified, base: str | Path | None) -> Measurement:
@@ -339,4 +360,5 @@ def _row(verified: Verified, base: str | Path | None) -> Measurement:
         same_top=kld.same_top if kld else None,
         predicted=asdict(verified.predicted) if verified.predicted else {},
         types=weights.types(),
+        imatrix=int(any(str(key).startswith("quantize.imatrix.") for key in metadata)),
     )

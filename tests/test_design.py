@@ -229,3 +229,18 @@ def test_two_runs_write_the_same_files(small: Model, tmp_path: Path) -> None:
         assert (tmp_path / "a" / "x" / name).read_bytes() == (
             tmp_path / "b" / "x" / name
         ).read_bytes(), name
+
+
+def test_experts_trained_in_four_bits_get_no_more_than_four(tmp_path: Path) -> None:
+    """Kimi-K2.6 takes 543.6 GiB and loses nothing, however much more there is; without an
+    importance matrix q4_0 misses the grid, and larger types are worth their room."""
+    model = qm.load_model("kimi-k2.6")
+    made = qm.design(model, Budget.from_vram("700G"))
+    types = {t.role: t.type for t in made.tensors if t.role.endswith("_exps")}
+    assert set(types.values()) == {"q4_0"}
+    assert made.size.tensor_bytes / GIB == pytest.approx(543.617, abs=0.001)
+    assert made.quality.ln_ppl_ratio < 0.0005
+    blind = qm.design(
+        model, Budget.from_vram("700G"), options=Options(limits=TypeLimits(imatrix=False))
+    )
+    assert blind.size.tensor_bytes > 600 * GIB

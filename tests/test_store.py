@@ -129,3 +129,19 @@ def test_a_store_that_cannot_be_made_leaves_nothing(
         with pytest.raises(BadFile, match="disk is full"):
             Store(path)
     assert [p.name for p in tmp_path.iterdir()] == ["old.db"]
+
+
+def test_a_store_of_the_first_version_is_kept(tmp_path: Path) -> None:
+    """Its rows come back, with nothing known of an importance matrix; new ones have it."""
+    path = tmp_path / "s.db"
+    with Store(path) as store:
+        store.add(_row())
+    old = sqlite3.connect(path)
+    old.execute("ALTER TABLE measurement DROP COLUMN imatrix")
+    old.execute("PRAGMA user_version = 1")
+    old.close()
+    with Store(path) as store:
+        store.add(_row(mix="y", imatrix=1))
+        assert [(r.mix, r.imatrix) for r in store.find()] == [("x", None), ("y", 1)]
+    with Store(path) as store:
+        assert len(store.find()) == 2

@@ -23,7 +23,7 @@ from quantmix.engine.weights import open_weights
 from quantmix.errors import BadFile, CheckFailed
 from quantmix.recipe import Recipe
 from quantmix.store import Store
-from quantmix.texts import text
+from quantmix.texts import text, wikitext
 
 pytestmark = pytest.mark.engine
 
@@ -147,3 +147,38 @@ def test_bad_input_ends_with_one_line_and_its_code(made: Any, tmp_path: Path) ->
         assert done.returncode == 2, done.stderr
         assert done.stdout == ""
         assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_without_a_base_only_the_published_text_is_compared(made: Any, tmp_path: Path) -> None:
+    """Another text has another perplexity: nothing is judged, and the command says why."""
+    recipe = made[2]
+    tight = replace(recipe.quality, ppl=6.4, ppl_low=6.4, ppl_high=6.5, ln_ppl_ratio_low=0.0)
+    target = verify.Target(made[1] / "q.gguf", replace(recipe, quality=tight))
+    found = _verify(made, target, tmp_path)
+    assert found.predicted is not None
+    assert found.predicted.holds is None
+    same = replace(found.evaluation, corpus_sha256=wikitext.SHA256)
+    recipe = replace(target.recipe, quality=replace(tight, basis="calibrated"))
+    assert verify.predict(recipe, same).holds is False
+    assert verify.predict(recipe, same, whole_text=False).holds is None
+    probes = replace(recipe, quality=replace(tight, basis="measured"))
+    assert verify.predict(probes, same).holds is None
+
+
+def test_the_error_of_the_measurement_is_granted(made: Any, tmp_path: Path) -> None:
+    """A ratio just outside the interval, by less than its own error, does not miss."""
+    found = _verify(made, verify.find_target(made[1]), tmp_path, base=made[0]).evaluation
+    assert found.log_ratio is not None
+    low = found.log_ratio.mean + found.log_ratio.err
+    recipe = made[2]
+    for err, holds in ((found.log_ratio.err, True), (0.1 * found.log_ratio.err, False)):
+        quality = replace(recipe.quality, ln_ppl_ratio_low=low, ln_ppl_ratio_high=low + 0.1)
+        sure = replace(found, log_ratio=replace(found.log_ratio, err=err))
+        assert verify.predict(replace(recipe, quality=quality), sure).holds is holds
+
+
+def test_the_store_knows_whether_there_was_a_matrix(made: Any, tmp_path: Path) -> None:
+    """The file of the fixture was made without one, and says so."""
+    _verify(made, verify.find_target(made[1]), tmp_path)
+    with Store(tmp_path / "s.db") as store:
+        assert [row.imatrix for row in store.find()] == [0]

@@ -132,10 +132,19 @@ def _show(found: Verified, screen: Console) -> None:
     p = found.predicted
     if p is None or p.ppl is None:
         return
-    span = f" [{p.ppl_low:.1f}, {p.ppl_high:.1f}]" if p.ppl_low and p.ppl_high else ""
-    screen.print(f"predicted {p.ppl:.1f}{span}, measured {e.perplexity.ppl:.1f}")
+    span = f" [{p.ppl_low:.4f}, {p.ppl_high:.4f}]" if p.ppl_low and p.ppl_high else ""
+    screen.print(
+        f"predicted {p.ppl:.4f}{span}, measured {e.perplexity.ppl:.4f}",
+        markup=False,
+        soft_wrap=True,
+    )
     if p.holds is False:
         screen.print(
             f"THE PREDICTION MISSED: the measured value lies outside the {100 * p.interval:.0f}% "
-            "interval; give the measurement to `design --measurements` and design again"
+            "interval; it is remembered, and `design --own` learns from three such files"
+        )
+    elif p.holds is None:
+        screen.print(
+            "not comparable: the prediction is for other text than was measured; give the "
+            "unquantized GGUF by --base to compare here"
         )

@@ -180,8 +180,7 @@ def leave_one_out(case: cases.Cases, h: Hyper) -> list[Outcome]:
     for i in case.exact:
         keep = others(case, i)
         n_known = sum(rows[j].exact for j in keep)
-        basis = h.quantiles if keep else h.quantiles_prior
-        outcome = _outcome(case, i, _predict(case, rows, keep, i, h), basis)
+        outcome = _outcome(case, i, _predict(case, rows, keep, i, h), h)
         if n_known >= ENOUGH:
             outcome = replace(
                 outcome,
@@ -197,7 +196,7 @@ def leave_model_out(case: cases.Cases, h: Hyper) -> list[Outcome]:
     """Predict every exact row of a model from the prior and its base."""
     out = []
     for i in case.exact:
-        outcome = _outcome(case, i, _predict(case, case.bench.rows, [], i, h), h.quantiles_prior)
+        outcome = _outcome(case, i, _predict(case, case.bench.rows, [], i, h), h)
         by_size = _predict(case, case.by_size, [], i, h).ln_ppl
         out.append(replace(outcome, by_size=by_size))
     return out
@@ -218,7 +217,7 @@ def leave_tool_out(case: cases.Cases, h: Hyper) -> list[Outcome]:
         keep = [j for j in others(case, i) if j in made]
         p = _predict(case, rows, keep, i, h)
         n_known = sum(rows[j].exact for j in keep)
-        out.append(replace(_outcome(case, i, p, h.quantiles), n_known=n_known))
+        out.append(replace(_outcome(case, i, p, h), n_known=n_known))
     return out
 
 
@@ -345,9 +344,7 @@ def _predict(
     return calibrate.predict(posterior, rows[i].w, h)
 
 
-def _outcome(
-    case: cases.Cases, i: int, p: calibrate.Prediction, quantiles: tuple[float, float]
-) -> Outcome:
+def _outcome(case: cases.Cases, i: int, p: calibrate.Prediction, h: Hyper) -> Outcome:
     row = case.bench.rows[i]
-    low, high = p.bounds(quantiles)
+    low, high = p.interval(h)
     return Outcome(row.id, case.model.id, row.bpw, row.ln_ppl, p.ln_ppl, low, high)

@@ -100,8 +100,8 @@ def _cases(
     loose = [r for r in bench.rows if not r.exact]
     all_rows = (*mine, *exact, *loose)
     base, base_sd = bench.ln_base, bench.ln_base_sd
-    if not bench.base_known:
-        base = min(r.ln_ppl for r in all_rows) - evidence.UNKNOWN_BASE_GAP
+    if not bench.base_known and all_rows:
+        base, base_sd = evidence.unknown_base(model, all_rows, h or calibrate.hyper(model.id))
     full = evidence.Bench(model.id, base, base_sd, bench.base_known, all_rows, tuple(skipped))
     return Cases(model, full, (*mine_by_size, *(control.get(r.id, r) for r in (*exact, *loose))))
 

@@ -8,6 +8,7 @@ one base perplexity. `published.csv` holds what its authors measured, row by row
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -19,8 +20,8 @@ import numpy as np
 
 from quantmix.errors import BadFile, QuantmixError, UsageError
 from quantmix.ggml.types import ENGINES, table
-from quantmix.loss import features, mixes, prior, solved
-from quantmix.loss.calibrate import Hyper, Row, hyper
+from quantmix.loss import features, mixes, prior, response, solved
+from quantmix.loss.calibrate import Hyper, Row, hyper, ln_scale_prior
 from quantmix.loss.model import FloatArray
 from quantmix.models.catalog import catalog, find
 from quantmix.models.model import Model
@@ -35,8 +36,11 @@ _BASE_SD = 0.0005
 _NO_IMATRIX: Final = "made without an importance matrix, whose lack costs each model differently"
 # Perplexities are published to four decimals.
 _SAME_LN: Final = 1e-6
-# A model whose base nobody published: somewhere just below its best measured mix.
-UNKNOWN_BASE_GAP, UNKNOWN_BASE_SD = 0.003, 0.02
+# A base that nobody published is read off one measured mix: what the prior says that it lost is
+# off by more than the scale is (types, size), and runs differ.
+_UNKNOWN_FORM_SD, _UNKNOWN_BASE_SD = 0.3, 0.003
+# A measured base this far (ln) from the one that is used is of another text or build.
+_OTHER_BASE: Final = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +146,7 @@ def parse_rows(rows: Iterable[Mapping[str, str]]) -> list[Published]:
                 n_ctx=int(r["n_ctx"] or 0),
                 mix=r.get("mix") or "",
                 source=r.get("source") or "",
-                imatrix=(r.get("imatrix") or "") != "no",
+                imatrix=(r.get("imatrix") or "").strip().casefold() != "no",
             )
         )
     return out
@@ -203,16 +207,17 @@ def bench(
     """Return the comparable rows of `measured` with their features.
 
     Rows without a mix enter as a typical mix of their size when `sizes_too` and the model is
-    sparse: on dense ones (embeddings of every size, presets of every kind) size says too little.
+    sparse: on dense ones (embeddings of every size, presets of every kind) size says too little,
+    and so it does where one type costs nothing because experts were trained in it.
     """
     h = h or hyper()
-    sizes_too = sizes_too and model.hparams.is_moe
+    sizes_too = sizes_too and model.hparams.is_moe and not any(t.exact_type for t in model.tensors)
     bases = sorted({p.base_ppl for p in measured if p.base_ppl})
     known = base_ppl(model) or (bases[0] if bases else None)
     rows, skipped = [], []
     seen: set[tuple[float, bytes]] = set()
     for p in measured:
-        row, why = _row(model, share, p, sizes_too, h)
+        row, why = _row(model, share, p, sizes_too, h, known)
         if row is None:
             skipped.append((p.label, why))
             continue
@@ -230,10 +235,25 @@ def bench(
     if not rows:
         # Nothing is measured against it: only the ratio is predicted, and a base cancels there.
         return Bench(model.id, 0.0, _BASE_SD, False, (), tuple(skipped))
-    best = min(r.ln_ppl for r in rows)
-    return Bench(
-        model.id, best - UNKNOWN_BASE_GAP, UNKNOWN_BASE_SD, False, tuple(rows), tuple(skipped)
-    )
+    ln_base, sd = unknown_base(model, rows, h)
+    return Bench(model.id, ln_base, sd, False, tuple(rows), tuple(skipped))
+
+
+def unknown_base(model: Model, rows: Sequence[Row], h: Hyper) -> tuple[float, float]:
+    """Return ln PPL of an unmeasured base and its standard deviation.
+
+    From the row that tells most: measured, less what the prior says that its mix lost.
+    """
+    scale, scale_sd = ln_scale_prior(model.n_elements, prior.scale_law(model), h)
+    theta = np.zeros(response.n_parameters())
+    theta[response.SCALE], theta[response.ONSET] = scale, h.ln_onset
+    rises = response.respond(theta, np.array([r.w for r in rows]), h.power).rise
+    told = []
+    for row, rise in zip(rows, rises, strict=True):
+        off = math.hypot(scale_sd, _UNKNOWN_FORM_SD, 0.0 if row.exact else h.unknown_mix)
+        told.append((math.hypot(_UNKNOWN_BASE_SD, off * float(rise)), row.ln_ppl - float(rise)))
+    sd, ln_base = min(told)
+    return ln_base, sd
 
 
 def _is_base(row: Row, base: float) -> bool:
@@ -249,25 +269,50 @@ def own_bench(model: Model, share: FloatArray, measured: Sequence[Measurement]) 
     """Return the bench of one's own measurements of `model` (rows of the store), None if empty.
 
     Rows count that were measured against a base (they have `ln_ratio`) and name their types. Of
-    the groups measured alike (text, context, chunks, engine, KV types, base) the largest is used:
-    groups are never mixed, nor with published rows.
+    the groups measured alike (text, context, chunks, engine, KV types, base) the one that tells
+    most is used: groups are never mixed, nor with published rows. Of a mix measured twice the mean
+    counts. Files made without an importance matrix are left out, as published ones are.
     """
     groups: dict[tuple[object, ...], list[Measurement]] = {}
+    skipped = []
     for m in measured:
-        if m.ln_ratio is not None and m.types:
-            alike = (m.corpus, m.n_ctx, m.chunks, m.engine, m.build, m.ctk, m.ctv, m.base)
-            groups.setdefault(alike, []).append(m)
+        if m.ln_ratio is None or not m.types:
+            continue
+        if m.imatrix == 0 and _needs_imatrix(model, share, _own_types(model, m)):
+            skipped.append((m.file, _NO_IMATRIX))
+            continue
+        alike = (m.corpus, m.n_ctx, m.chunks, m.engine, m.build, m.ctk, m.ctv, m.base)
+        groups.setdefault(alike, []).append(m)
     if not groups:
         return None
-    chosen = max(groups.values(), key=lambda g: len({m.mix for m in g}))
-    ln_base = float(np.mean([np.log(m.ppl) - (m.ln_ratio or 0.0) for m in chosen]))
-    rows = {}
+    row_sd = hyper().row_sd
+    chosen = max(groups.values(), key=lambda g: _information(g, row_sd))
+    by_mix: dict[str, list[Measurement]] = {}
     for m in chosen:
-        types = _own_types(model, m)
+        by_mix.setdefault(m.mix, []).append(m)
+    ln_base = float(np.mean([np.log(m.ppl) - (m.ln_ratio or 0.0) for m in chosen]))
+    rows = []
+    for same in by_mix.values():
+        types = _own_types(model, same[0])
         tilted = solved.shares(model, share, types, hyper().solved)
-        w = features.of_types(model, tilted, types)
-        rows[m.mix] = Row(id=m.file, w=w, ln_ppl=ln_base + (m.ln_ratio or 0.0), bpw=m.bpw)
-    return Bench(model.id, ln_base, _BASE_SD, True, tuple(rows.values()))
+        w = features.of_types(model, tilted, types, imatrix=same[0].imatrix != 0)
+        ratio = float(np.mean([m.ln_ratio or 0.0 for m in same]))
+        # Runs over the same text share its tokens: repeating one tells no more.
+        sd = min(m.ln_ratio_err or 0.0 for m in same)
+        rows.append(Row(same[-1].file, w, ln_base + ratio, same[0].bpw, sd=sd))
+    return Bench(model.id, ln_base, _BASE_SD, True, tuple(rows), tuple(skipped))
+
+
+def _information(group: Sequence[Measurement], row_sd: float) -> float:
+    """Return the summed precision of the ln ratios of a group's mixes."""
+    by_mix = {m.mix: m.ln_ratio_err or 0.0 for m in group}
+    return sum(1.0 / (row_sd**2 + err**2) for err in by_mix.values())
+
+
+def _needs_imatrix(model: Model, share: FloatArray, types: Sequence[str | None]) -> bool:
+    """Whether some type of a mix would do less damage with an importance matrix."""
+    w = features.of_types(model, share, types, imatrix=False)
+    return bool((w.sum(axis=0) * (features.without_imatrix() - 1.0)).any())
 
 
 def _own_types(model: Model, m: Measurement) -> list[str | None]:
@@ -276,9 +321,14 @@ def _own_types(model: Model, m: Measurement) -> list[str | None]:
 
 
 def _row(
-    model: Model, share: FloatArray, p: Published, sizes_too: bool, h: Hyper
+    model: Model, share: FloatArray, p: Published, sizes_too: bool, h: Hyper, base: float | None
 ) -> tuple[Row | None, str]:
     bpw = _bits(model, p)
+    # Measured next to another run of the base: what counts is the ratio.
+    moved = 0.0 if p.base_ppl is None or base is None else math.log(base / p.base_ppl)
+    if abs(moved) > _OTHER_BASE:
+        return None, f"compared with a base of {p.base_ppl:g} where others have {base:g}"
+    ln_ppl = math.log(p.ppl) + moved
     if p.mix:
         try:
             chances = mixes.resolve(model, p.mix, prior.shares(model))
@@ -289,14 +339,14 @@ def _row(
             w = features.of_fractions(model, share, chances)
             if not p.imatrix and (w.sum(axis=0) * (features.without_imatrix() - 1.0)).any():
                 return None, _NO_IMATRIX
-            return Row(p.label, w, float(np.log(p.ppl)), bits_of(model, chances)), ""
+            return Row(p.label, w, ln_ppl, bits_of(model, chances)), ""
     if not sizes_too:
         return None, "its mix is not published"
     if not p.imatrix:
         return None, _NO_IMATRIX
     if bpw is None:
         return None, "neither its mix nor its size is published"
-    return Row(p.label, typical(bpw, h), float(np.log(p.ppl)), bpw, exact=False), ""
+    return Row(p.label, typical(bpw, h), ln_ppl, bpw, exact=False), ""
 
 
 def typical(bpw: float, h: Hyper) -> FloatArray:

@@ -17,7 +17,7 @@ import numpy as np
 
 from quantmix.errors import UsageError
 from quantmix.ggml.types import GgmlType, table
-from quantmix.loss import calibrate, curve, prior, response, role_damage, trust
+from quantmix.loss import calibrate, curve, features, prior, response, role_damage, trust
 from quantmix.loss.model import FloatArray
 from quantmix.loss.role_damage import RoleDamage
 from quantmix.measurements import Measurements, Probe
@@ -38,6 +38,8 @@ _FORM_LN_SD = 0.08
 _OTHER_TEXT_LN_SD = 0.3
 _EXTRAPOLATED_LN_SD = 0.35
 _QUANTILE = 1.645
+# Roles that were not measured are named when they take more than this of the damage.
+_TELLING = 0.1
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class MeasuredModel:
         scale: nats at iq4_k per unit of prior share, for roles that were not measured.
         ppl_base: perplexity of the unquantized model on the measured text.
         ppl_per_nat: ln(PPL/base) per nat of KLD, from the probes.
+        imatrix, measured_imatrix: whether the file, and the probes, are made with one.
     """
 
     roles: Mapping[str, RoleDamage]
@@ -60,6 +63,7 @@ class MeasuredModel:
     ppl_per_nat: float = _PPL_PER_NAT
     basis: str = "measured"
     imatrix: bool = True
+    measured_imatrix: bool = True
 
     @classmethod
     def of(cls, model: Model, measured: Measurements, *, imatrix: bool = True) -> MeasuredModel:
@@ -96,6 +100,7 @@ class MeasuredModel:
             measured.ppl_base,
             min(max(rise / kld, 0.5), 1.5),
             imatrix=imatrix,
+            measured_imatrix=measured.imatrix is not None,
         )
 
     def damage(self, model: Model, types: Sequence[GgmlType]) -> FloatArray:
@@ -108,11 +113,15 @@ class MeasuredModel:
                 cells[i] = self.part[i] * by_role[tensor.role]
             else:
                 cells[i] = self.scale * self.share[i] * gains
+        cells *= self._without_imatrix(types)
         cells[:, gains == 0.0] = 0.0
         position = {t.name: j for j, t in enumerate(types)}
         for i, tensor in enumerate(model.tensors):
-            if tensor.source_type in position:
-                cells[i, position[tensor.source_type]] = 0.0
+            # What a role was measured at stands: the engine rounds activations too.
+            exact = "" if tensor.role in by_role else tensor.exact_type
+            for name in {tensor.source_type, exact} & position.keys():
+                if features.lossless(tensor, name, imatrix=self.imatrix):
+                    cells[i, position[name]] = 0.0
         return cells
 
     def kld(self, damage: float) -> float:
@@ -138,9 +147,7 @@ class MeasuredModel:
         low = rise * math.exp(-reach)
         high = rise * math.exp(reach)
         high = rise + (high - rise) * trust.widening(model, mix, damage)
-        high = min(
-            high, max(math.log(max(model.hparams.n_vocab, 2)) - math.log(self.ppl_base), rise)
-        )
+        low, rise, high = trust.capped(model, math.log(self.ppl_base), (low, rise, high))
         return Quality(
             damage=damage,
             ln_ppl_ratio=rise,
@@ -149,7 +156,12 @@ class MeasuredModel:
             ppl_high=self.ppl_base * math.exp(high),
             ppl_base=self.ppl_base,
             basis=self.basis,
-            warnings=(*trust.warnings(model, mix, damage, self), *self._below(model, mix)),
+            warnings=(
+                *trust.warnings(model, mix, damage, self),
+                *self._below(model, mix),
+                *self._unmeasured(model, cells),
+                *self._other_imatrix(),
+            ),
             ln_ppl_ratio_low=low,
             ln_ppl_ratio_high=high,
         )
@@ -159,21 +171,22 @@ class MeasuredModel:
     ) -> float:
         """Return the sd of ln damage: each role's noise and extrapolation weigh by its damage."""
         total = float(cells.sum())
-        by_role: dict[str, float] = defaultdict(float)
-        beyond: dict[str, float] = defaultdict(float)
-        for tensor, qtype, value in zip(model.tensors, mix, cells, strict=True):
-            by_role[tensor.role] += float(value)
-            if qtype is not None and self._outside(tensor.role, qtype):
-                beyond[tensor.role] += float(value)
         if total <= 0.0:
             return _FORM_LN_SD
-        var = 0.0
-        for role, value in by_role.items():
-            known = self.roles.get(role)
-            sd = _EXTRAPOLATED_LN_SD if known is None else known.relative_sd
-            var += (sd * value / total) ** 2
-        var += (_EXTRAPOLATED_LN_SD * sum(beyond.values()) / total) ** 2
-        return math.hypot(_FORM_LN_SD, math.sqrt(var))
+        by_role: dict[str, float] = defaultdict(float)
+        # One scale serves all roles that were not measured, and types that were not probed are off
+        # for one reason: these errors add up, while the noise of roles averages out.
+        alike = 0.0
+        for tensor, qtype, value in zip(model.tensors, mix, cells, strict=True):
+            part = float(value) / total
+            known = self.roles.get(tensor.role)
+            by_role[tensor.role] += part
+            if known is None or (qtype is not None and known.outside(qtype)):
+                alike += _EXTRAPOLATED_LN_SD * part
+            elif qtype is not None:
+                alike += known.reach_ln_sd(qtype) * part
+        noise = [self.roles[r].relative_sd * part for r, part in by_role.items() if r in self.roles]
+        return math.hypot(_FORM_LN_SD, alike, *noise, self._imatrix_ln_sd(model, mix, cells))
 
     def _outside(self, role: str, qtype: GgmlType) -> bool:
         known = self.roles.get(role)
@@ -192,6 +205,41 @@ class MeasuredModel:
             return ()
         some = ", ".join(roles[:4]) + (", …" if len(roles) > 4 else "")
         return (f"below the worst measured type, extrapolated pessimistically: {some}",)
+
+    def _unmeasured(self, model: Model, cells: FloatArray) -> tuple[str, ...]:
+        """Return a warning that names roles that were not measured, when much rests on them."""
+        total = float(cells.sum())
+        by_role: dict[str, float] = defaultdict(float)
+        for tensor, value in zip(model.tensors, cells, strict=True):
+            if tensor.role not in self.roles:
+                by_role[tensor.role] += float(value)
+        if sum(by_role.values()) <= _TELLING * total:
+            return ()
+        roles = sorted((r for r, v in by_role.items() if v > 0.0), key=lambda r: -by_role[r])
+        some = ", ".join(roles[:4]) + (", …" if len(roles) > 4 else "")
+        share = sum(by_role.values()) / total
+        return (f"{share:.0%} of the damage is of roles that were not measured: {some}",)
+
+    def _other_imatrix(self) -> tuple[str, ...]:
+        """Return a warning when the probes were made with an imatrix and the file will not be."""
+        if self.imatrix and not self.measured_imatrix:
+            return ("measured without an importance matrix: with one the types lose less",)
+        return ()
+
+    def _without_imatrix(self, types: Sequence[GgmlType]) -> FloatArray:
+        """Return what probes with an imatrix are multiplied by without one, shape (n_types,)."""
+        if self.imatrix or not self.measured_imatrix:
+            return np.ones(len(types))
+        return np.array([curve.without_imatrix(curve.own_name(t)).gain for t in types])
+
+    def _imatrix_ln_sd(
+        self, model: Model, mix: Sequence[GgmlType | None], cells: FloatArray
+    ) -> float:
+        """Return the sd of ln damage that models differ by in what a missing imatrix costs."""
+        if self.imatrix or not self.measured_imatrix:
+            return 0.0
+        sds = (0.0 if q is None else curve.without_imatrix(curve.own_name(q)).sd for q in mix)
+        return float(np.dot(list(sds), cells) / cells.sum())
 
 
 def _by_role(model: Model, measured: Measurements) -> dict[str, list[Probe]]:

@@ -79,7 +79,8 @@ def _recipe(name: str, model: Model, ppl: float, text: str) -> MeasuredRecipe:
 def _files(source: Path) -> Iterator[tuple[str, str]]:
     if source.is_dir():
         for file in source.rglob("*.recipe*"):
-            yield file.name, file.read_text(encoding="utf-8", errors="replace")
+            if file.is_file():
+                yield file.name, file.read_text(encoding="utf-8", errors="replace")
         for archive in source.glob("*.tar.gz"):
             yield from _files(archive)
     elif source.is_file() and tarfile.is_tarfile(source):

@@ -34,6 +34,7 @@ class FittedModel:
         bench: the rows behind it, and the base.
         basis: `prior` when no row could be used, else `calibrated`.
         imatrix: whether quantization will use an importance matrix.
+        own: whether the rows are one's own measured files.
     """
 
     share: FloatArray
@@ -41,6 +42,7 @@ class FittedModel:
     bench: evidence.Bench
     basis: str
     imatrix: bool = True
+    own: bool = False
 
     @classmethod
     def of(
@@ -64,7 +66,7 @@ class FittedModel:
         bench = evidence.own_bench(model, share, measured)
         if bench is None or len(bench.rows) < _ENOUGH_OWN:
             return None
-        return cls.on_bench(model, share, bench, imatrix=imatrix)
+        return replace(cls.on_bench(model, share, bench, imatrix=imatrix), own=True)
 
     @classmethod
     def on_bench(
@@ -95,8 +97,9 @@ class FittedModel:
         cells = self.share[:, None] * by_group[groups]
         position = {t.name: j for j, t in enumerate(types)}
         for i, tensor in enumerate(model.tensors):
-            if tensor.source_type in position:
-                cells[i, position[tensor.source_type]] = 0.0
+            for name in {tensor.source_type, tensor.exact_type} & position.keys():
+                if features.lossless(tensor, name, imatrix=self.imatrix):
+                    cells[i, position[name]] = 0.0
         return np.asarray(cells)
 
     def quality(self, model: Model, mix: Sequence[GgmlType | None]) -> Quality:
@@ -106,16 +109,16 @@ class FittedModel:
         for value in cells:
             damage += float(value)
         h = calibrate.hyper()
-        p = self.of_features(features.of_types(model, self.share, mix))
+        w = features.of_types(model, self.share, mix, imatrix=self.imatrix)
+        p = self.of_features(w)
         ln_c = float(self.posterior.theta[response.ONSET])
         rise = float(response.super_additive(damage, ln_c, h.power))
         base = math.exp(self.bench.ln_base)
         known = self.bench.base_known
-        low, high = p.bounds(h.quantiles if self.bench.rows else h.quantiles_prior)
+        low, high = p.interval(h)
         low = rise - (p.ln_ppl - low)
         high = rise + (high - p.ln_ppl) * trust.widening(model, mix, damage)
-        # No model is worse than guessing among all tokens.
-        high = min(high, max(math.log(max(model.hparams.n_vocab, 2)) - self.bench.ln_base, rise))
+        low, rise, high = trust.capped(model, self.bench.ln_base, (low, rise, high))
         return Quality(
             damage=damage,
             ln_ppl_ratio=rise,
@@ -124,7 +127,7 @@ class FittedModel:
             ppl_high=base * math.exp(high) if known else None,
             ppl_base=base if known else None,
             basis=self.basis,
-            warnings=trust.warnings(model, mix, damage, self),
+            warnings=(*trust.warnings(model, mix, damage, self), *self._doubtful()),
             ln_ppl_ratio_low=low,
             ln_ppl_ratio_high=high,
         )
@@ -132,7 +135,8 @@ class FittedModel:
     def of_features(self, w: FloatArray) -> calibrate.Prediction:
         """Predict a mix known by its features only, shape (N_GROUPS, n_columns)."""
         w = w * self._factors()
-        return self._less_sure(calibrate.predict(self.posterior, w), w)
+        ratio_only = not self.bench.base_known
+        return self._less_sure(calibrate.predict(self.posterior, w, over_base=ratio_only), w)
 
     def of_somebody(self, model: Model, mix: Sequence[GgmlType | None]) -> FittedModel:
         """Return the model for a mix that somebody else made, perhaps knowing every tensor.
@@ -141,6 +145,13 @@ class FittedModel:
         """
         share = solved.shares(model, self.share, mix, calibrate.hyper().solved)
         return self if np.array_equal(share, self.share) else replace(self, share=share)
+
+    def _doubtful(self) -> tuple[str, ...]:
+        """Return a warning that names own files which contradict the others."""
+        if not self.own or not self.posterior.doubtful:
+            return ()
+        files = ", ".join(self.posterior.doubtful[:3])
+        return (f"far from what your other files say, hardly counted: {files}; measure again",)
 
     def _factors(self) -> FloatArray | float:
         """Damage without an importance matrix relative to with one, shape (n_columns,)."""

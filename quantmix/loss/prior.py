@@ -119,6 +119,11 @@ def shares(model: Model) -> FloatArray:
     return raw / total if total > 0.0 else raw
 
 
+def head_role(model: Model) -> str:
+    """Return the role of the tensor that makes the logits: the embedding when it is tied."""
+    return "output" if any(t.role == "output" for t in model.tensors) else "token_embd"
+
+
 def unknown_roles(model: Model) -> tuple[str, ...]:
     """Return the quantizable roles whose sensitivity nobody measured."""
     fam = family(model)

@@ -41,6 +41,8 @@ _LN_TEXT_SD = 0.25
 _FIT_LN_SD = 0.05
 _PIVOT = 0.01
 _BELOW_STEEPER = 1.15
+# A probe at four times a type's error still shows some of the floor that decides there.
+_FLOOR_SHOWS = 0.25
 _TINY = 1e-12
 
 
@@ -54,6 +56,7 @@ class RoleDamage:
         errors: weighted error by type, for types where it is known.
         offsets: by probed type, what is added to the fitted ln KLD.
         worst_error: the largest error that was probed.
+        probed: errors of the types that were probed.
         relative_sd: mean relative noise of the probes.
     """
 
@@ -65,6 +68,7 @@ class RoleDamage:
     offsets: Mapping[str, float]
     worst_error: float
     relative_sd: float
+    probed: tuple[float, ...] = ()
 
     def error(self, qtype: GgmlType) -> float:
         """Return the weighted error at a type; unknown ones along the type curve.
@@ -109,6 +113,21 @@ class RoleDamage:
             kld += self.fine if qtype.name in FINE_ACTIVATIONS else self.coarse
         return kld * math.exp(self.offsets.get(curve.weights_name(qtype), 0.0))
 
+    def reach_ln_sd(self, qtype: GgmlType) -> float:
+        """Return the sd of ln KLD that comes from a type's distance to what was probed.
+
+        The slope is known to its prior only where one type was probed, and so is the floor at
+        errors under a quarter of the least that was.
+        """
+        error = self.error(qtype)
+        if error <= 0.0 or not self.probed:
+            return 0.0
+        sd = _POWER_SD * min(abs(math.log(error / e)) for e in self.probed)
+        if error < _FLOOR_SHOWS * min(self.probed):
+            floor = self.fine if qtype.name in FINE_ACTIVATIONS else self.coarse
+            sd = math.hypot(sd, _LN_FLOOR_SD * floor / max(self._one(qtype), _TINY))
+        return min(sd, 1.0)
+
     def outside(self, qtype: GgmlType) -> bool:
         """Whether a type is worse than any that was probed."""
         return self.error(qtype) > self.worst_error * (1.0 + 1e-9)
@@ -144,6 +163,7 @@ def fit(
             offsets={name: value for name, (value, _) in offsets.items()},
             worst_error=max(errors.values()),
             relative_sd=float(np.mean([r.noise for r, _ in mine])),
+            probed=tuple(sorted(errors.values())),
         )
     return found
 

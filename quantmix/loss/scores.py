@@ -60,9 +60,9 @@ def coverage_interval(n: int, level: float = 0.9) -> tuple[float, float]:
 def median_gain(outcomes: Sequence[Outcome], guess: Guess) -> list[dict[str, Any]]:
     """Return by band the median error of the control minus ours, with its bootstrap 95 % interval.
 
-    Rows are drawn with replacement; ours and the control's error of a row stay together.
+    Models are drawn with replacement, then rows within them: rows of one model resemble each other.
+    Ours and the control's error of a row stay together.
     """
-    rng = np.random.default_rng(_SEED)
     out = []
     for name, low, high in BANDS:
         here = [o for o in outcomes if low <= o.bpw < high and guess(o) is not None]
@@ -70,9 +70,9 @@ def median_gain(outcomes: Sequence[Outcome], guess: Guess) -> list[dict[str, Any
             continue
         ours = np.array([error(o.predicted, o.measured) for o in here])
         theirs = np.array([error(guess(o) or 0.0, o.measured) for o in here])
-        draws = rng.integers(0, len(here), (_DRAWS, len(here)))
-        spread = np.median(theirs[draws], axis=1) - np.median(ours[draws], axis=1)
-        tails = np.quantile(theirs[draws], 0.9, axis=1) / np.quantile(ours[draws], 0.9, axis=1)
+        draws = _clustered([o.model for o in here])
+        spread = np.array([np.median(theirs[d]) - np.median(ours[d]) for d in draws])
+        tails = np.array([np.quantile(theirs[d], 0.9) / np.quantile(ours[d], 0.9) for d in draws])
         out.append(
             {
                 "band": name,

@@ -7,18 +7,20 @@ interval widens and a warning names the reason.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Final, Protocol
 
-from quantmix.ggml.types import GgmlType
+from quantmix.ggml.types import ENGINES, GgmlType, table
 from quantmix.loss import curve, prior
-from quantmix.models.model import Model
+from quantmix.loss.features import lossless
+from quantmix.models.model import Model, Tensor
 
 LOW_BPW: Final = 2.3
 HIGH_DAMAGE: Final = 0.3
 _TWO_BITS: Final = 2.5
 _MANY_TWO_BITS: Final = 0.6
-_EXTRAPOLATED: Final = 0.02
+_EXTRAPOLATED: Final = 0.001
 _HEAD_BITS: Final = 4.0
 
 
@@ -30,11 +32,14 @@ class _Knows(Protocol):
 
 
 def weights_bpw(model: Model, mix: Sequence[GgmlType | None]) -> float:
-    """Return the bits per weight over the quantized matrices, the input embedding left out."""
+    """Return the bits per weight over the matrices, the input embedding left out.
+
+    Kept ones count with 16 bits, or with those of the type that they were trained in.
+    """
     bits, weights = 0.0, 0
     for tensor, qtype in zip(model.tensors, mix, strict=True):
-        if qtype is not None and tensor.loaded and tensor.role != "token_embd":
-            bits += qtype.bpw * tensor.n_elements
+        if tensor.quantizable and tensor.loaded and tensor.role != "token_embd":
+            bits += _bpw(tensor, qtype) * tensor.n_elements
             weights += tensor.n_elements
     return bits / weights if weights else 16.0
 
@@ -43,10 +48,20 @@ def two_bit_share(model: Model, mix: Sequence[GgmlType | None]) -> float:
     """Return the share of the weights that lie at 2.5 bits or less."""
     low = total = 0
     for tensor, qtype in zip(model.tensors, mix, strict=True):
-        if qtype is not None:
+        if tensor.quantizable and tensor.loaded:
             total += tensor.n_elements
-            low += tensor.n_elements if qtype.bpw <= _TWO_BITS else 0
+            low += tensor.n_elements if _bpw(tensor, qtype) <= _TWO_BITS else 0
     return low / total if total else 0.0
+
+
+def _bpw(tensor: Tensor, qtype: GgmlType | None) -> float:
+    if qtype is not None:
+        return qtype.bpw
+    for engine in ENGINES:
+        kept = table(engine).get(tensor.source_type)
+        if kept is not None:
+            return min(kept.bpw, 16.0)
+    return 16.0
 
 
 def widening(model: Model, mix: Sequence[GgmlType | None], damage: float) -> float:
@@ -57,6 +72,15 @@ def widening(model: Model, mix: Sequence[GgmlType | None], damage: float) -> flo
     if damage > HIGH_DAMAGE:
         factor *= 1.25
     return factor
+
+
+def capped(
+    model: Model, ln_base: float, rises: tuple[float, float, float]
+) -> tuple[float, float, float]:
+    """Return low, centre and high of ln(PPL/base), none worse than guessing among all tokens."""
+    worst = max(math.log(max(model.hparams.n_vocab, 2)) - ln_base, 0.0)
+    low, rise, high = rises
+    return min(low, worst), min(rise, worst), min(high, worst)
 
 
 def warnings(
@@ -80,20 +104,18 @@ def warnings(
         out.append(
             f"damage of {damage:.2f} nats is above {HIGH_DAMAGE}, where predictions were checked"
         )
-    out += _extrapolated(mix)
+    out += _extrapolated(model, mix)
+    out += _quantized_source(model, mix)
     unknown = prior.unknown_roles(model)
     if unknown:
         out.append(f"nobody measured the sensitivity of {', '.join(unknown)}: a guess is used")
-    low_head = sorted(
-        {
-            t.role
-            for t, q in zip(model.tensors, mix, strict=True)
-            if q is not None and t.role in ("output", "token_embd") and q.bpw < _HEAD_BITS
-        }
-    )
-    if low_head and "output" in low_head:
+    head = prior.head_role(model)
+    if any(
+        q is not None and t.role == head and q.bpw < _HEAD_BITS
+        for t, q in zip(model.tensors, mix, strict=True)
+    ):
         out.append(
-            "output below 4 bits: without an imatrix entry for the head it loses about twice as "
+            f"{head} below 4 bits: without an imatrix entry for the head it loses about twice as "
             "much (make one with `quantmix imatrix`)"
         )
     if not loss.imatrix:
@@ -106,9 +128,32 @@ def warnings(
     return tuple(out)
 
 
-def _extrapolated(mix: Sequence[GgmlType | None]) -> list[str]:
-    names = [q.name for q in mix if q is not None]
-    guessed = sorted({q.name for q in mix if q is not None and not curve.gain(q).measured})
-    if not guessed or sum(names.count(n) for n in guessed) < _EXTRAPOLATED * len(names):
+def _extrapolated(model: Model, mix: Sequence[GgmlType | None]) -> list[str]:
+    total = sum(t.n_elements for t, q in zip(model.tensors, mix, strict=True) if q is not None)
+    weights: dict[str, int] = {}
+    for t, q in zip(model.tensors, mix, strict=True):
+        if q is not None and not curve.gain(q).measured:
+            weights[q.name] = weights.get(q.name, 0) + t.n_elements
+    guessed = sorted(n for n, size in weights.items() if size > _EXTRAPOLATED * total)
+    if not guessed:
         return []
     return [f"{', '.join(guessed)} never measured: placed pessimistically by bits per weight"]
+
+
+def _quantized_source(model: Model, mix: Sequence[GgmlType | None]) -> list[str]:
+    again = sorted(
+        {
+            t.source_type
+            for t, q in zip(model.tensors, mix, strict=True)
+            if t.quantizable
+            and t.loaded
+            and not lossless(t, t.source_type)
+            and (q is None or q.name != t.source_type)
+        }
+    )
+    if not again:
+        return []
+    return [
+        f"the source is quantized already ({', '.join(again[:4])}): what it lost is not in the "
+        "prediction; start from an unquantized file"
+    ]

@@ -88,7 +88,7 @@ def _score(name: str, rows: list[dict[str, str]]) -> list[tuple[float, float, bo
     out = []
     for w, bits, rise in _mixes(name, rows):
         p = calibrate.predict(posterior, w, h)
-        low, high = p.bounds(h.quantiles_prior)
+        low, high = p.interval(h)
         out.append((bits, p.ln_ppl - rise, low <= rise <= high))
     return out
 

@@ -89,7 +89,7 @@ def _report_known(rows: list[dict[str, str]]) -> None:
         loss = FittedModel.on_bench(model, share, bench, imatrix=row["imatrix"] == "yes")
         w = features.of_fractions(model, share, mixes.resolve(model, row["mix"], share))
         p = loss.of_features(w)
-        low, high = p.bounds(calibrate.hyper().quantiles)
+        low, high = p.interval(calibrate.hyper())
         measured = math.log(float(row["ppl"]))
         scored.append((abs(math.expm1(p.ln_ppl - measured)), low <= measured <= high))
         print(

@@ -11,6 +11,7 @@ import pytest
 from quantmix.errors import BadFile, UsageError
 from quantmix.ggml.types import get
 from quantmix.loss import evidence, features, load, prior
+from quantmix.loss.predictor import FittedModel
 from quantmix.models.catalog import catalog
 from quantmix.models.model import Model
 from quantmix.store import Measurement
@@ -120,6 +121,94 @@ def test_own_measurements_calibrate_on_their_own_base_and_are_never_mixed(small:
     published = load(small).quality(small, [None] * len(small.tensors))
     few = load(small, own=rows[:2]).quality(small, [None] * len(small.tensors))
     assert few.ppl_base == published.ppl_base != pytest.approx(20.0)
+
+
+def _rise(model: Model, own: list[Measurement], name: str) -> tuple[float, float]:
+    mix = [get(name) if t.quantizable else None for t in model.tensors]
+    q = load(model, own=own).quality(model, mix)
+    return q.ln_ppl_ratio, (q.ln_ppl_ratio_high or 0.0) - (q.ln_ppl_ratio_low or 0.0)
+
+
+def test_the_error_of_own_rows_counts(small: Model) -> None:
+    """Rows of a short text move the prediction less, and leave it less sure, than sure ones."""
+    ratios = {"q6_K": 0.03, "iq4_k": 0.3, "iq3_k": 1.2}
+    found = []
+    for err in (1e-5, 0.05, 0.5):
+        rows = [replace(_own(small, n, r), ln_ratio_err=err) for n, r in ratios.items()]
+        found.append(_rise(small, rows, "iq4_xs"))
+    alone = FittedModel.of(small, measured=()).quality(
+        small, [get("iq4_xs") if t.quantizable else None for t in small.tensors]
+    )
+    away = [abs(rise - alone.ln_ppl_ratio) for rise, _ in found]
+    assert away == sorted(away, reverse=True)
+    assert away[2] < 0.5 * away[0]
+    relative = [width / rise for rise, width in found]
+    assert relative == sorted(relative)
+
+
+def test_more_files_of_little_text_do_not_replace_few_of_much(small: Model) -> None:
+    """The group that tells most calibrates, not the one with most rows."""
+    much = [
+        replace(_own(small, n, r), ln_ratio_err=0.001)
+        for n, r in (("q6_K", 0.01), ("iq4_k", 0.09), ("iq3_k", 0.5))
+    ]
+    little = [
+        replace(_own(small, n, 3 * r, corpus="short"), ln_ratio_err=0.05)
+        for n, r in (("q8_0", 0.01), ("q6_K", 0.01), ("iq4_k", 0.09), ("iq3_k", 0.5))
+    ]
+    assert _rise(small, [*much, *little], "iq4_xs") == _rise(small, much, "iq4_xs")
+
+
+def test_own_files_made_without_a_matrix_do_not_calibrate(small: Model) -> None:
+    """They would count the missing matrix twice."""
+    rows = [_own(small, n, r) for n, r in (("q4_K", 0.2), ("iq4_xs", 0.3), ("q3_K", 2.0))]
+    without = [replace(r, imatrix=0) for r in rows]
+    assert (
+        _rise(small, without, "iq4_k") == _rise(small, [], "iq4_k") != _rise(small, rows, "iq4_k")
+    )
+
+
+def test_a_mix_measured_twice_is_one_row(small: Model) -> None:
+    """The mean of both runs counts, whichever was first."""
+    rows = [_own(small, n, r) for n, r in (("q6_K", 0.01), ("iq4_k", 0.09), ("iq3_k", 0.5))]
+    again = replace(rows[1], ln_ratio=0.11, ppl=20.0 * float(np.exp(0.11)))
+    mean = replace(rows[1], ln_ratio=0.10, ppl=20.0 * float(np.exp(0.10)))
+    one = _rise(small, [*rows, again], "iq4_k")
+    assert one[0] == pytest.approx(_rise(small, [again, *rows], "iq4_k")[0])
+    assert one[0] == pytest.approx(_rise(small, [rows[0], mean, rows[2]], "iq4_k")[0], rel=1e-3)
+
+
+def test_an_own_file_that_contradicts_the_others_is_named(small: Model) -> None:
+    """q8_0 half a nat above the base, while iq3_k costs less, is no fact about q8_0."""
+    rows = [_own(small, n, r) for n, r in (("q8_0", 0.5), ("iq4_k", 0.09), ("iq3_k", 0.4))]
+    mix = [get("iq4_k") if t.quantizable else None for t in small.tensors]
+    assert any("q8_0.gguf" in w for w in load(small, own=rows).quality(small, mix).warnings)
+    fine = [_own(small, n, r) for n, r in (("q8_0", 0.0005), ("iq4_k", 0.09), ("iq3_k", 0.4))]
+    assert not any(".gguf" in w for w in load(small, own=fine).quality(small, mix).warnings)
+
+
+def test_rows_are_compared_with_their_own_base() -> None:
+    """Another run of the base moves a row with it; another text is no evidence and says so."""
+    model = catalog_model("llama-3-8b")
+    rows = [r for r in evidence.of_model(model) if r.mix and r.imatrix][:6]
+    base = evidence.base_ppl(model)
+    assert base is not None
+    share = prior.shares(model)
+    plain = evidence.bench(model, share, [replace(r, base_ppl=base) for r in rows])
+    moved = [replace(r, base_ppl=base * 1.01, ppl=r.ppl * 1.01) for r in rows]
+    assert [r.ln_ppl for r in evidence.bench(model, share, moved).rows] == pytest.approx(
+        [r.ln_ppl for r in plain.rows]
+    )
+    other = evidence.bench(model, share, [replace(r, base_ppl=7.0) for r in rows])
+    assert not other.rows
+    assert all("compared with a base of 7" in why for _, why in other.skipped)
+
+
+def test_no_matrix_is_read_in_any_case(tmp_path: Path) -> None:
+    """`No` is as good as `no`."""
+    row = {"model": "m", "label": "x", "ppl": "5", "corpus": "c", "n_ctx": "512"}
+    read = evidence.parse_rows([{**row, "imatrix": v} for v in ("no", "No ", "NO", "yes", "")])
+    assert [r.imatrix for r in read] == [False, False, False, True, True]
 
 
 def test_a_csv_of_other_measurements(tmp_path: Path) -> None:

@@ -141,9 +141,11 @@ def test_a_table_without_attention_is_put_on_the_scale_of_whole_ones() -> None:
 def test_published_mixes_belong_to_rows_and_their_size_agrees() -> None:
     """A mix added to a row fits the size its author published, and says where it stands."""
     rows = {(p.model, p.label): p for p in evidence.published()}
-    text = (DATA / "fit" / "mixes.csv").read_text(encoding="utf-8")
-    added = list(csv.DictReader(text.splitlines()))
-    assert len(added) == len(curate.published_mixes())
+    added = []
+    for name in ("mixes.csv", "by_size.csv"):
+        text = (DATA / "fit" / name).read_text(encoding="utf-8")
+        added += list(csv.DictReader(text.splitlines()))
+    assert len(added) == len(curate.pages()) + len(curate.mixes_by_size())
     for line in added:
         row = rows[evidence.catalog_id(line["model"]) or "", line["label"]]
         assert line["source"].startswith("https://")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from quantmix.errors import UsageError
+from quantmix import loss, measurements
+from quantmix.errors import BadFile, UsageError
 from quantmix.ggml.types import get
 from quantmix.loss.measured import MeasuredModel
 from quantmix.measurements import Measurements, Probe
@@ -127,3 +129,59 @@ def test_measurements_around_a_mix_are_refused(smol: Model) -> None:
     """Deltas around a quantized mix are not KLD against the base."""
     with pytest.raises(UsageError, match="around"):
         MeasuredModel.of(smol, replace(_measured(smol), around={"output.weight": "q8_0"}))
+
+
+def _relative_reach(loss: MeasuredModel, model: Model, name: str) -> float:
+    q = loss.quality(model, [get(name) if t.quantizable else None for t in model.tensors])
+    assert q.ln_ppl_ratio_high is not None
+    return float(np.log(q.ln_ppl_ratio_high / q.ln_ppl_ratio))
+
+
+def test_what_was_not_measured_widens_the_interval_and_is_named(smol: Model) -> None:
+    """One role of nine, or one type far from the one asked for, is known less well than all."""
+    full = _measured(smol)
+    one_role = replace(full, probes=tuple(p for p in full.probes if p.role == "attn_k"))
+    one_type = replace(full, probes=tuple(p for p in full.probes if p.type == "iq2_xs"))
+    known = _relative_reach(MeasuredModel.of(smol, full), smol, "iq4_xs")
+    assert _relative_reach(MeasuredModel.of(smol, one_role), smol, "iq4_xs") > known + 0.1
+    far = _relative_reach(MeasuredModel.of(smol, one_type), smol, "q8_0")
+    near = _relative_reach(MeasuredModel.of(smol, one_type), smol, "iq2_xs")
+    assert far > near + 0.1
+    mix = [get("iq4_xs") if t.quantizable else None for t in smol.tensors]
+    said = MeasuredModel.of(smol, one_role).quality(smol, mix).warnings
+    assert any("were not measured" in w and "ffn_up" in w for w in said)
+
+
+def test_probes_with_a_matrix_do_not_stand_for_files_without(smol: Model) -> None:
+    """Without one damage is larger and less sure; probes made without one stay as they are."""
+    with_one = _measured(smol)
+    without = replace(with_one, imatrix=None)
+    types = [get("iq3_xxs"), get("q8_0")]
+    plain = MeasuredModel.of(smol, with_one).damage(smol, types)
+    worse = MeasuredModel.of(smol, with_one, imatrix=False).damage(smol, types)
+    same = MeasuredModel.of(smol, without, imatrix=False).damage(smol, types)
+    assert worse[:, 0].sum() > 1.2 * plain[:, 0].sum()
+    assert np.allclose(worse[:, 1], plain[:, 1])
+    assert np.allclose(same, plain)
+    sure = _relative_reach(MeasuredModel.of(smol, with_one), smol, "iq4_xs")
+    assert _relative_reach(MeasuredModel.of(smol, with_one, imatrix=False), smol, "iq4_xs") > sure
+    said = MeasuredModel.of(smol, without).quality(smol, [None] * len(smol.tensors)).warnings
+    assert any("measured without an importance matrix" in w for w in said)
+
+
+def test_results_of_another_model_are_refused(tmp_path: Path, smol: Model) -> None:
+    """By name where the catalog knows it, by the size of roles where it does not."""
+    file = tmp_path / "m.json"
+    sizes = {t.role: 0 for t in smol.tensors}
+    for t in smol.tensors:
+        sizes[t.role] += t.n_elements
+    full = _measured(smol)
+    right = replace(full, probes=tuple(replace(p, n_elements=sizes[p.role]) for p in full.probes))
+    measurements.save(right, file)
+    assert loss.load(smol, measurements=file).basis == "measured"
+    with pytest.raises(BadFile, match=r"that is smollm2-135m.*quantmix measure"):
+        loss.load(catalog_model("llama-3-8b"), measurements=file)
+    measurements.save(replace(right, model_name="nobody knows"), file)
+    assert loss.load(smol, measurements=file).basis == "measured"
+    with pytest.raises(BadFile, match="weights there"):
+        loss.load(catalog_model("llama-3-8b"), measurements=file)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -39,9 +40,21 @@ def test_the_presets_of_llama_quantize_are_no_solved_recipes(n: int) -> None:
     layers = range(n)
     more = [i < n // 8 or i >= 7 * n // 8 or (i - n // 8) % 3 == 2 for i in layers]
     assert solved.surplus(np.array(more, dtype=np.float64)) > 4
-    assert not solved.is_solved(np.array(more, dtype=np.float64))
+    assert solved.chosen(np.array(more, dtype=np.float64)) == 0.0
     drawn = np.random.default_rng(n).random(n) < 0.4
-    assert solved.is_solved(drawn.astype(np.float64))
+    assert solved.chosen(drawn.astype(np.float64)) == 1.0
+
+
+def test_a_few_alternations_count_a_little(model: Model) -> None:
+    """The tilt fades in: no single layer switches it on or off."""
+    steps = []
+    values = np.zeros(58)
+    for layer in (5, 9, 16, 20, 27, 30, 36, 41, 47, 50):
+        values[layer] = 1.0
+        steps.append(solved.chosen(values))
+    assert steps[:2] == [0.0, 0.0]
+    assert 0.0 < steps[3] < steps[4] < 1.0 == steps[-1]
+    assert max(b - a for a, b in itertools.pairwise(steps)) < 0.5
 
 
 def test_a_mix_by_depth_keeps_its_shares(model: Model) -> None:

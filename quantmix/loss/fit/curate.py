@@ -5,8 +5,8 @@ sweeps on calibration text, rows of code that was replaced, the same file made a
 program, with less text for its matrix), models under other names (finetunes, quantization-aware
 variants). Nothing is changed in a row but the model name (catalog id), and `imatrix` where the
 author found entries missing in his; a row without a mix gets the one that its author published
-elsewhere (`mixes.csv`, with the page), a preset of llama-quantize gets its types by tensor
-(`presets.csv`).
+elsewhere (`mixes.csv`, with the page) or that follows from its name and size (`by_size.csv`), a
+preset of llama-quantize gets its types by tensor (`presets.csv`).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from importlib.resources import files
 from typing import Final
 
 from quantmix.loss import evidence
+from quantmix.models.catalog import catalog
 
 _Q8: Final = re.compile(r"^Q8_0\b")
 COLUMNS: Final = (
@@ -38,15 +39,21 @@ _MATRIX_LACKED: Final = frozenset({("Kimi-K2-Instruct", "ubergarm v0.1")})
 
 
 def curate(
-    rows: Iterable[Mapping[str, str]], *, corpus: str = evidence.CORPUS, presets: bool = True
+    rows: Iterable[Mapping[str, str]],
+    *,
+    corpus: str = evidence.CORPUS,
+    presets: bool = True,
+    by_size: bool = True,
 ) -> list[dict[str, str]]:
     """Return the rows to ship, in the order of the input.
 
     Args:
         corpus: another text than that of the package, for what is fitted only.
         presets: whether presets of llama-quantize get their types.
+        by_size: whether files get the mix that follows from their name and size.
     """
-    elsewhere = published_mixes()
+    elsewhere = pages()
+    inferred = mixes_by_size() if by_size else {}
     types = preset_mixes() if presets else {}
     out = []
     for row in rows:
@@ -55,6 +62,7 @@ def curate(
         if model and on_bench and _is_current(row):
             mix = row.get("mix") or elsewhere.get((row["model"], row["label"]), "")
             mix = types.get(preset_key(model, preset_of(mix) or "", row["imatrix"]), mix)
+            mix = mix or inferred.get((model, row["label"]), "")
             kept = {c: row.get(c, "") for c in COLUMNS}
             imatrix = "no" if _lacked_matrix(row) else kept["imatrix"]
             out.append({**kept, "model": model, "mix": mix, "imatrix": imatrix})
@@ -99,12 +107,21 @@ def preset_mixes() -> dict[tuple[str, str, str], str]:
     }
 
 
-def published_mixes() -> dict[tuple[str, str], str]:
+def pages() -> dict[tuple[str, str], str]:
     """Return mixes that authors published on another page than the perplexity.
 
     By (model as published, label); `mixes.csv` names the page of each.
     """
-    text = (files("quantmix.loss.fit") / "mixes.csv").read_text(encoding="utf-8")
+    return _mixes("mixes.csv")
+
+
+def mixes_by_size() -> dict[tuple[str, str], str]:
+    """Return the mixes of `by_size.csv` by (model of the catalog, label)."""
+    return _mixes("by_size.csv")
+
+
+def _mixes(name: str) -> dict[tuple[str, str], str]:
+    text = (files("quantmix.loss.fit") / name).read_text(encoding="utf-8")
     return {(r["model"], r["label"]): r["mix"] for r in csv.DictReader(text.splitlines())}
 
 
@@ -112,7 +129,8 @@ def base_rows(curated: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
     """Return per model the base perplexity that most of its rows name, with a source.
 
     A model without one gets the median of its whole-file q8_0 measurements: the two differ by
-    less than 0.05 %.
+    less than 0.05 %. A model whose experts were trained in 4 bits gets that of the file that holds
+    them so, all else at q8_0: the perplexity of a whole q8_0 file, its author says.
     """
     out = []
     for model in dict.fromkeys(row["model"] for row in curated):
@@ -124,6 +142,8 @@ def base_rows(curated: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
             source = (near or [r for r in mine if r["base_ppl_bf16_or_q8"] == base])[0]
         else:
             eight = [r for r in mine if _Q8.search(r["label"]) and 8.4 < float(r["bpw"] or 0) < 8.6]
+            exact = catalog()[model].exact_experts
+            eight = eight or [r for r in mine if exact and r["mix"] == f"all=q8_0;ffn_exps={exact}"]
             if not eight:
                 continue
             source = sorted(eight, key=lambda r: float(r["ppl"]))[len(eight) // 2]

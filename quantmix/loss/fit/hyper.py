@@ -61,7 +61,7 @@ def start(curve: CurveFit) -> Hyper:
     return Hyper(
         power=round(curve.power, 3), ln_onset=round(curve.ln_c, 3), ln_onset_sd=0.3, tilt_sd=0.06,
         group_sd=0.3, type_sd=0.05, row_sd=0.0015, form=0.06, mid=0.01, unknown_mix=0.45,
-        solved=0.0, quantiles=(1.645, 1.645), quantiles_prior=(1.645, 1.645),
+        solved=0.0, quantiles=(1.645, 1.645), quantile_prior=1.645,
         moe_ln_scale=-4.2, moe_ln_scale_sd=0.3,
         dense_ln_scale=-4.8, dense_size_slope=0.4, dense_ln_scale_sd=0.3,
         hybrid_ln_scale=-4.8, hybrid_size_slope=0.4, hybrid_ln_scale_sd=0.3,
@@ -289,6 +289,8 @@ def _quantiles(
 ) -> Hyper:
     """Return `h` with the quantiles that cover 90 % of left-out rows, and of left-out models.
 
+    Those of ln rise are fitted on predictions whose uncertainty is that of the rise, that of the
+    noise on the other left-out rows, in turn: at high bits noise decides, at low bits the model.
     The rows of a model resemble each other: together they count like √n rows where other rows of
     the model are known, and like one where only the prior speaks, since the question there is how
     far the next model lies off.
@@ -300,7 +302,15 @@ def _quantiles(
     for case in (c for c in usable if c.model.id != without and c.bench.base_known):
         found = backtest.predictions(case, h, prior_only=True)
         models += [_Left(p, y, 1.0 / len(found)) for p, y in found]
-    return replace(h, quantiles=_quantile(rows), quantiles_prior=_quantile(models, _MOSTLY_PRIOR))
+    h = replace(h, quantiles=(_NORMAL, _NORMAL), quantile_prior=_NORMAL)
+    alone = [x for x in models if x.decided_by_rise(_MOSTLY_PRIOR)]
+    rise = [x for x in rows if x.decided_by_rise()]
+    noise = [x for x in rows if not x.decided_by_rise()]
+    for _ in range(4):
+        h = _least(alone, lambda q, h=h: replace(h, quantile_prior=q))  # type: ignore[misc]
+        h = _least(rise, lambda q, h=h: replace(h, quantiles=(q, h.quantiles[1])))  # type: ignore[misc]
+        h = _least(noise, lambda q, h=h: replace(h, quantiles=(h.quantiles[0], q)))  # type: ignore[misc]
+    return h
 
 
 @dataclass(frozen=True, slots=True)
@@ -311,36 +321,27 @@ class _Left:
     measured: float
     weight: float
 
+    def decided_by_rise(self, mostly: float = 1.0) -> bool:
+        """Whether its uncertainty is that of the rise: over `mostly` times the noise."""
+        p = self.prediction
+        return p.relative * p.rise > mostly * p.edge
 
-def _quantile(left: Sequence[_Left], mostly: float = 1.0) -> tuple[float, float]:
-    """Return the least quantiles whose intervals cover `_COVER`, of ln rise and of noise.
 
-    The first is fitted on predictions whose uncertainty is that of the rise (over `mostly` times
-    the noise), the second on the others, in turn: at high bits noise decides, at low bits the
-    model. Neither is less than what 90 % take of a normal distribution.
+def _least(left: Sequence[_Left], setting: Callable[[float], Hyper]) -> Hyper:
+    """Return the setting of the least quantile whose intervals cover `_COVER` of `left`.
+
+    Never less than what 90 % take of a normal distribution.
     """
-    rise: list[_Left] = []
-    noise: list[_Left] = []
-    for x in left:
-        p = x.prediction
-        (rise if p.relative * p.rise > mostly * p.edge else noise).append(x)
-    first, second = _NORMAL, _NORMAL
-    for _ in range(4):
-        first = _least(rise, lambda q, other=second: (q, other))  # type: ignore[misc]
-        second = _least(noise, lambda q, other=first: (other, q))  # type: ignore[misc]
-    return first, second
-
-
-def _least(left: Sequence[_Left], both: Callable[[float], tuple[float, float]]) -> float:
     wanted = _COVER * sum(x.weight for x in left)
     for quantile in np.arange(_NORMAL, _WIDEST, 0.05):
+        h = setting(round(float(quantile), 2))
         inside = 0.0
         for x in left:
-            low, high = x.prediction.bounds(both(float(quantile)))
+            low, high = x.prediction.interval(h)
             inside += x.weight * (low <= x.measured <= high)
         if inside >= wanted:
-            return round(float(quantile), 2)
-    return _WIDEST
+            return h
+    return setting(_WIDEST)
 
 
 def _plain(h: Hyper) -> dict[str, Any]:
