@@ -5,10 +5,15 @@ from __future__ import annotations
 import os
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from quantmix.engine import mainline_fetch
 from quantmix.engine.mainline_find import Mainline, find_mainline
 from quantmix.errors import EngineMissing
+
+# How fast examples come depends on what else the machine does.
+settings.register_profile("any", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any")
 
 
 @pytest.fixture(scope="session")

@@ -118,6 +118,8 @@ def hparams_of(kv: _Keys, shapes: Shapes, arch: str) -> HParams:
     if len(embd) != 2:
         raise BadFile(f"{kv.source}: token_embd.weight has {len(embd)} dimensions, not 2")
     names = _Names(shapes, n_layer)
+    if arch in ARCHITECTURES:
+        _contradict(kv, names, _blocks(shapes))
     return HParams(
         n_layer=n_layer,
         n_embd=embd[0],
@@ -143,6 +145,26 @@ def hparams_of(kv: _Keys, shapes: Shapes, arch: str) -> HParams:
         indexer_layers=_ranges(names.layers_with("indexer.proj.weight"), blocks),
         ctx_train=kv.count("context_length"),
     )
+
+
+def _contradict(kv: _Keys, names: _Names, blocks: int) -> None:
+    """Refuse counts that the tensors contradict: an engine would, or plan no KV cache at all.
+
+    Raises:
+        BadFile: names key and tensors.
+    """
+    said = kv.metadata.get(f"{kv.prefix}block_count")
+    if said is not None and kv.count("block_count") < blocks:
+        raise BadFile(
+            f"{kv.source}: {kv.prefix}block_count is {said}, but there are tensors of block "
+            f"{blocks - 1}: convert the model again"
+        )
+    has_attention = names.any("attn_q.weight") or names.any("attn_qkv.weight")
+    if has_attention and not max(kv.counts("attention.head_count"), default=0):
+        raise BadFile(
+            f"{kv.source}: {kv.prefix}attention.head_count is missing or zero: convert the model "
+            "again"
+        )
 
 
 def _attention(kv: _Keys, names: _Names, arch: str, n_embd: int) -> dict[str, Any]:

@@ -105,6 +105,27 @@ def test_lying_metadata_is_refused(metadata: dict[str, Any], words: str, tmp_pat
         load_model(write(tmp_path / "m.gguf", metadata, {"token_embd.weight": (8, 8)}))
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"llama.block_count": 0}, "block_count is 0, but there are tensors of block 1"),
+        ({"llama.block_count": 1}, "block_count is 1, but there are tensors of block 1"),
+        ({"llama.attention.head_count": 0}, "head_count is missing or zero"),
+    ],
+)
+def test_counts_that_tensors_contradict_are_refused(
+    changes: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    """An engine would refuse such a file, or a plan hold no KV cache."""
+    meta = {"general.architecture": "llama", "llama.block_count": 2,
+            "llama.attention.head_count": 2}  # fmt: skip
+    shapes: dict[str, tuple[int, ...]] = {"token_embd.weight": (8, 9)}
+    shapes |= {f"blk.{i}.attn_q.weight": (8, 8) for i in range(2)}
+    assert load_model(write(tmp_path / "good.gguf", meta, shapes)).hparams.n_layer == 2
+    with pytest.raises(BadFile, match=words):
+        load_model(write(tmp_path / "m.gguf", {**meta, **changes}, shapes))
+
+
 def test_files_without_tensors_and_flat_embeddings_are_refused(tmp_path: Path) -> None:
     """A vocabulary-only file and an embedding that is not a matrix are refused."""
     with pytest.raises(BadFile, match="no tensors"):
