@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Final
 
 from quantmix.errors import UsageError
+from quantmix.memory.plan import DESKTOP_BYTES
 from quantmix.memory.settings import NEWEST_BUILD, Settings
 from quantmix.rig.device import Rig
 from quantmix.units import pad, parse_size
+
+ANY_VRAM_BYTES: Final = 1 << 50
+"""An ideal device that no model is too large for."""
 
 _BPW = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*bpw\s*$", re.IGNORECASE)
 
@@ -31,13 +35,21 @@ class Budget:
     bpw: float | None = None
 
     @classmethod
-    def from_vram(cls, size: str | int, **settings: Any) -> Budget:
+    def from_vram(
+        cls,
+        size: str | int,
+        *,
+        reserve: str | None = None,
+        desktop: bool = False,
+        **settings: Any,
+    ) -> Budget:
         """One idealised device of exactly that many bytes (`--vram`)."""
         from quantmix.rig.rigs import ideal_rig
 
         n_bytes = parse_size(size, "--vram") if isinstance(size, str) else size
         label = size.strip() if isinstance(size, str) else f"{n_bytes}B"
-        return cls(label, make_settings(**settings), rig=ideal_rig(n_bytes))
+        rig = with_ram(ideal_rig(n_bytes), None, None, reserve, desktop)
+        return cls(label, make_settings(**settings), rig=rig)
 
     @classmethod
     def from_gpus(
@@ -120,7 +132,11 @@ def make_settings(engine: str = "ik", build: str | None = None, **values: Any) -
 def with_ram(
     rig: Rig, ram: str | None, ram_reserve: str | None, reserve: str | None, desktop: bool
 ) -> Rig:
-    """Return `rig` with installed RAM, reserves and a desktop's use set from flags."""
+    """Return `rig` with installed RAM, reserves and a desktop's use set from flags.
+
+    A desktop takes its share of the first GPU on top of a stated reserve, as it does of the
+    automatic one.
+    """
     host = rig.host
     if ram is not None:
         host = replace(host, capacity_bytes=parse_size(ram, "--ram"))
@@ -128,6 +144,9 @@ def with_ram(
     if reserve is not None:
         each = parse_size(reserve, "--reserve")
         gpus = tuple(replace(g, reserve_bytes=each) for g in gpus)
+    if desktop and gpus and gpus[0].reserve_bytes is not None:
+        first = replace(gpus[0], reserve_bytes=gpus[0].reserve_bytes + DESKTOP_BYTES)
+        gpus = (first, *gpus[1:])
     set_aside = rig.ram_reserve_bytes
     if ram_reserve is not None:
         set_aside = parse_size(ram_reserve, "--ram-reserve")

@@ -88,8 +88,20 @@ def design(
     return run(model, budget, options or Options()).recipe
 
 
-def run(model: Model, budget: Budget, options: Options, loss: LossModel | None = None) -> Design:
-    """Design with everything that the command line wants to know besides the recipe."""
+def run(
+    model: Model,
+    budget: Budget,
+    options: Options,
+    loss: LossModel | None = None,
+    *,
+    explained: bool = True,
+) -> Design:
+    """Design with everything that the command line wants to know besides the recipe.
+
+    Raises:
+        InfeasibleBudget, UsageError: as `design`; without `explained` the former names no budget
+            that works, which takes many searches to find.
+    """
     from quantmix.loss import load as load_loss
 
     settings = budget.settings
@@ -105,7 +117,7 @@ def run(model: Model, budget: Budget, options: Options, loss: LossModel | None =
     require_types(model, palette)
     if budget.rig is None:
         return _for_file(model, budget, options, loss, palette)
-    return _for_rig(model, budget, budget.rig, options, loss, palette)
+    return _for_rig(model, budget, budget.rig, options, loss, palette, explained)
 
 
 def _loaded(model: Model, settings: Settings) -> Model:
@@ -117,13 +129,21 @@ def _loaded(model: Model, settings: Settings) -> Model:
 
 
 def _for_rig(
-    model: Model, budget: Budget, rig: Rig, options: Options, loss: LossModel, palette: Palette
+    model: Model,
+    budget: Budget,
+    rig: Rig,
+    options: Options,
+    loss: LossModel,
+    palette: Palette,
+    explained: bool,
 ) -> Design:
     from quantmix import timing
 
     times = timing.of(model, palette, rig, budget.settings, options.min_tps)
     plan = plan_on_rig(model, palette, rig, budget.settings, times, options.goals)
     if isinstance(plan, Shortage):
+        if not explained:
+            raise InfeasibleBudget(f"{model.id} does not fit {budget.label}")
         from quantmix.feasible import explain
 
         raise InfeasibleBudget(explain(model, budget, options, palette, plan))

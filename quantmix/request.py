@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantmix.budget import Budget
+from quantmix import budget_flags
+from quantmix.budget import ANY_VRAM_BYTES, Budget
 from quantmix.design import Design, Options, run
 from quantmix.engine.ghost import CheckResult, DryCheck, dry_run, static_problems
 from quantmix.errors import CheckFailed, UsageError
@@ -119,7 +120,11 @@ class Answer:
 
 
 def fulfil(
-    request: Request, *, model: Model | None = None, loss: LossModel | None = None
+    request: Request,
+    *,
+    model: Model | None = None,
+    loss: LossModel | None = None,
+    db: str | Path | None = None,
 ) -> Answer:
     """Design, write, and have the engine walk the recipe.
 
@@ -137,7 +142,7 @@ def fulfil(
     started = time.perf_counter()
     model = model or load_model(request.model, layout=request.layout)
     budget, notes = budget_of(request, is_mla=model.hparams.is_mla)
-    options = replace(_options(request), own=own_measurements(model) if request.own else ())
+    options = replace(_options(request), own=own_measurements(model, db) if request.own else ())
     before = time.perf_counter()
     budget, found, more = _answer_inverse(request, model, budget, options, loss)
     solved = time.perf_counter() - before
@@ -194,8 +199,8 @@ def _profile_note(request: Request, model: Model, found: Design) -> tuple[str, .
     return (f"{what} costs {', '.join(prices)} more than {_DEFAULT_UBATCH}",) if prices else (what,)
 
 
-def own_measurements(model: Model) -> tuple[Measurement, ...]:
-    """Return what `quantmix verify` stored of files of this model (QUANTMIX_DB).
+def own_measurements(model: Model, db: str | Path | None = None) -> tuple[Measurement, ...]:
+    """Return what `quantmix verify` stored of files of this model in `db` (default: QUANTMIX_DB).
 
     Raises:
         UsageError: the model is not a GGUF here, so its measurements cannot be told from others.
@@ -206,7 +211,7 @@ def own_measurements(model: Model) -> tuple[Measurement, ...]:
     if not Path(model.source).exists():
         raise UsageError(f"--own needs a GGUF file of the model: {model.id} is from {model.source}")
     fingerprint = open_weights(model.source).model_fingerprint
-    with Store() as store:
+    with Store(db) as store:
         return tuple(store.find(model=fingerprint))
 
 
@@ -281,8 +286,11 @@ def _prepare_figures() -> None:
 def budget_of(request: Request, *, is_mla: bool) -> tuple[Budget, tuple[str, ...]]:
     """Return the budget of a request, and notes; exactly one kind must be named.
 
+    `--max-loss` alone gets one ideal device that nothing is too large for.
+
     Raises:
-        UsageError: none or several kinds, or a value that makes no sense.
+        UsageError: none or several kinds, a flag that the kind cannot honour, or a value that
+            makes no sense.
     """
     ctx = parse_ctx(request.ctx)
     settings: dict[str, Any] = {
@@ -300,32 +308,28 @@ def budget_of(request: Request, *, is_mla: bool) -> tuple[Budget, tuple[str, ...
         "mtp": request.mtp or None,
         "cram_mib": request.cram,
     }
-    named = [k for k in ("vram", "gpus", "rig", "size") if getattr(request, k) is not None]
-    if not named and request.max_loss is not None:
-        return Budget.from_vram("1G", **settings), ()
-    if len(named) != 1:
-        got = "none" if not named else " and ".join(f"--{k}" for k in named)
-        raise UsageError(
-            f"give one budget, --vram SIZE, --gpus LIST, --rig NAME or --size SIZE; got {got}"
-        )
-    hosts: dict[str, Any] = {
+    kind = budget_flags.require_sense(request)
+    set_aside: dict[str, Any] = {"reserve": request.reserve, "desktop": request.desktop}
+    if kind in ("", "vram"):
+        size = request.vram or ANY_VRAM_BYTES
+        return Budget.from_vram(size, **set_aside, **settings), ()
+    if kind == "size":
+        assert request.size is not None
+        return Budget.from_size(request.size, **settings), ()
+    host: dict[str, Any] = {
         "ram": request.ram,
         "ram_reserve": request.ram_reserve,
-        "reserve": request.reserve,
-        "desktop": request.desktop,
         "cpu": request.cpu,
         "cpu_cores": request.cpu_cores,
     }
-    if request.vram is not None:
-        if request.ram is not None:
-            raise UsageError("--vram is one ideal device: use --gpus with --ram")
-        return Budget.from_vram(request.vram, **settings), ()
     if request.gpus is not None:
-        return Budget.from_gpus(request.gpus, **hosts, **settings), ()
-    if request.rig is not None:
-        return Budget.from_rig(request.rig, **hosts, **settings), ()
-    assert request.size is not None
-    return Budget.from_size(request.size, **settings), ()
+        budget = Budget.from_gpus(request.gpus, **host, **set_aside, **settings)
+    else:
+        assert request.rig is not None
+        budget = Budget.from_rig(request.rig, **host, **set_aside, **settings)
+    assert budget.rig is not None
+    budget_flags.require_sense_on(request, budget.rig)
+    return budget, ()
 
 
 def _profile(profile: str | None) -> int | None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,7 +15,7 @@ from quantmix.budget import Budget
 from quantmix.design import Options
 from quantmix.errors import InfeasibleBudget, UsageError
 from quantmix.inverse import longest_context, smallest_budget
-from quantmix.request import Request, fulfil, parse_ctx, parse_percent
+from quantmix.request import Request, budget_of, fulfil, parse_ctx, parse_percent
 
 SMALL = "qwen3-4b-instruct-2507"
 
@@ -29,14 +32,136 @@ def test_the_longest_context_fits_and_one_step_more_does_not() -> None:
     assert budget.settings.ctx == ctx
 
 
+@pytest.mark.parametrize(
+    ("trained", "ctx", "why"),
+    [
+        (2048, 2048, "all it was trained on"),
+        (10000, 9984, "all it was trained on"),
+        (100, 256, "all it was trained on"),
+        (0, 131072, "what it was trained on is not known"),
+    ],
+)
+def test_no_context_goes_beyond_the_training(trained: int, ctx: int, why: str) -> None:
+    """--ctx max ends at the trained length, rounded to the engine's 256, and says so."""
+    model = qm.load_model(SMALL)
+    model = replace(model, hparams=replace(model.hparams, ctx_train=trained))
+    _, found, notes = longest_context(model, Budget.from_vram("80G"), Options())
+    assert found.recipe.settings.ctx == ctx
+    assert notes == (f"longest context that fits: {ctx} ({why})",)
+
+
 def test_the_smallest_budget_for_a_quality_is_smallest() -> None:
     """--max-loss 1% gives a budget that reaches it; a tenth of a GiB less does not."""
     model = qm.load_model(SMALL)
-    budget, found, _ = smallest_budget(model, Budget.from_vram("1G"), Options(), 0.01)
+    budget, found, _ = smallest_budget(model, Budget.from_vram("100G"), Options(), 0.01)
     assert math.expm1(found.recipe.quality.ln_ppl_ratio) <= 0.01
     less = float(budget.label.removesuffix("G")) - 0.1
     worse = qm.design(model, Budget.from_vram(f"{less:.1f}G"))
     assert math.expm1(worse.quality.ln_ppl_ratio) > 0.01
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({"size": "8bpw"}, r"--size [3-7]\.\d\dbpw$"),
+        ({"size": "4G"}, r"--size [1-3]\.\d\dG$"),
+        ({"vram": "12G"}, r"--vram \d+\.\dG$"),
+        ({"gpus": "1x24G", "ram": "64G"}, r"\d+% of 1x24G-64G, GPU0 \d"),
+        ({}, r"--vram \d+\.\dG$"),
+    ],
+)
+def test_a_named_budget_is_what_the_smallest_is_sought_in(
+    flags: dict[str, str], said: str, tmp_path: Path
+) -> None:
+    """--max-loss answers in the kind of budget it was asked with, within it."""
+    request = Request(SMALL, **flags, max_loss="1%", no_check=True, out=tmp_path)  # type: ignore[arg-type]
+    answer = fulfil(request)
+    assert re.search(said, answer.notes[0])
+    assert math.expm1(answer.recipe.quality.ln_ppl_ratio) <= 0.01
+    assert len(answer.recipe.devices) == (0 if "size" in flags else 2)
+
+
+def test_a_share_of_the_gpus_is_the_least() -> None:
+    """One percent less of every card's memory and the rise is above the limit."""
+    model = qm.load_model(SMALL)
+    budget, found, notes = smallest_budget(model, Budget.from_gpus("12G,6G"), Options(), 0.01)
+    assert budget.rig is not None
+    full = Budget.from_gpus("12G,6G").rig
+    assert full is not None
+    share = int(notes[0].split(": ", 1)[1].split("%", 1)[0])
+    sizes = [g.capacity_bytes or 0 for g in full.gpus]
+    assert [g.capacity_bytes for g in budget.rig.gpus] == [n * share // 100 for n in sizes]
+    less = tuple(
+        replace(g, capacity_bytes=(g.capacity_bytes or 0) * (share - 1) // 100) for g in full.gpus
+    )
+    there = replace(budget, rig=replace(full, gpus=less))
+    assert math.expm1(qm.design(model, there).quality.ln_ppl_ratio) > 0.01
+    assert found.recipe.devices[1].capacity_bytes == budget.rig.gpus[1].capacity_bytes
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({"size": "3bpw"}, r"the best there has \d.*; the smallest that works is --size \S+bpw$"),
+        ({"vram": "4G"}, r"the smallest that works is --vram \S+G$"),
+        ({"gpus": "2x3G"}, r"the smallest that works is 1\d\d% of 2x3G"),
+        ({"gpus": "1xrtx-4090", "min_tps": 900.0}, "nothing fits at --min-tps 900"),
+    ],
+)
+def test_a_budget_too_small_for_the_quality_gets_the_one_that_works(
+    flags: dict[str, Any], said: str
+) -> None:
+    """The message says what the best there comes to, and the smallest budget that does."""
+    budget, _ = budget_of(Request(SMALL, **flags, max_loss="1%"), is_mla=False)
+    with pytest.raises(InfeasibleBudget, match=r"at most 1\.00%") as caught:
+        smallest_budget(qm.load_model(SMALL), budget, Options(min_tps=flags.get("min_tps")), 0.01)
+    assert re.search(said, str(caught.value))
+
+
+def test_reserves_are_set_aside_on_the_ideal_device() -> None:
+    """--reserve and --desktop count with --vram too, and in the open question."""
+    for flags in ({"vram": "10G"}, {"max_loss": "1%"}):
+        request = Request(SMALL, reserve="3G", desktop=True, **flags)  # type: ignore[arg-type]
+        rig = budget_of(request, is_mla=False)[0].rig
+        assert rig is not None
+        assert rig.ideal
+        assert rig.gpus[0].reserve_bytes == (3 << 30) + (800 << 20)
+
+
+def test_a_desktop_takes_more_of_the_first_gpu_only() -> None:
+    """--desktop adds to a stated reserve as it adds to the automatic one."""
+    rig = Budget.from_gpus("2x24G", reserve="1G", desktop=True).rig
+    assert rig is not None
+    assert [g.reserve_bytes for g in rig.gpus] == [(1 << 30) + (800 << 20), 1 << 30]
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({"vram": "8G", "ram": "64G"}, "--ram means nothing with --vram"),
+        ({"vram": "8G", "ram_reserve": "4G"}, "use --gpus with --ram"),
+        ({"vram": "8G", "cpu": "desktop-ddr4-3200-2ch"}, "--cpu means nothing with --vram"),
+        ({"vram": "8G", "cpu_cores": 8}, "--cpu-cores means nothing with --vram"),
+        ({"vram": "8G", "min_tps": 9.0}, "use --gpus with the names of cards"),
+        ({"size": "4bpw", "ram": "64G"}, "--ram means nothing with --size"),
+        ({"size": "4bpw", "reserve": "1G"}, "--reserve means nothing with --size"),
+        ({"size": "4bpw", "desktop": True}, "--desktop means nothing with --size"),
+        ({"size": "4bpw", "cpu": "desktop-ddr4-3200-2ch"}, "--cpu means nothing with --size"),
+        ({"size": "4bpw", "min_tps": 9.0}, "--min-tps means nothing with --size"),
+        ({"size": "4bpw", "ctx": "max"}, "--ctx max means nothing with --size"),
+        ({"max_loss": "1%", "ram": "64G"}, "--ram means nothing with --max-loss alone"),
+        ({"max_loss": "1%", "ctx": "max"}, "--ctx max and --max-loss"),
+        ({"max_loss": "1%", "ctx": "max", "gpus": "1x24G"}, "--ctx max and --max-loss"),
+        ({"gpus": "1x24G", "ram_reserve": "4G"}, "add --ram"),
+        ({"gpus": "1x24G", "min_tps": 9.0}, "name the card"),
+    ],
+)
+def test_flags_without_a_meaning_are_refused(flags: dict[str, object], said: str) -> None:
+    """A flag that a kind of budget cannot honour is refused by name, with what to use instead."""
+    with pytest.raises(UsageError) as caught:
+        budget_of(Request(SMALL, **flags), is_mla=False)  # type: ignore[arg-type]
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_profile_tells_its_price(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import quantmix
+from quantmix import budget_flags
 from quantmix.batch import identity
 from quantmix.batch.pipeline import Job, Pipeline, Step
 from quantmix.batch.state import Done, State
@@ -161,7 +162,8 @@ def _facts(folder: Path, spec: str, layout: str | None) -> dict[str, Any]:
 def _name(model_id: str, request: Request, label: str) -> str:
     """Return the name that `quantmix design` gives; an inverse question names itself."""
     if request.max_loss is not None:
-        label = f"max-loss-{request.max_loss}"
+        question = f"max-loss-{request.max_loss}"
+        label = f"{label}-{question}" if budget_flags.named(request) else question
     return f"{model_id}-{_slug(label)}"
 
 

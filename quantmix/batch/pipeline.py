@@ -30,6 +30,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
+from quantmix import budget_flags
 from quantmix.batch import flags
 from quantmix.errors import BadFile, UnknownName, UsageError
 from quantmix.request import Request
@@ -243,12 +244,12 @@ def _request(text: Any, model: str, common: Mapping[str, Any]) -> Request:
     own = flags.parse(text)
     if "out" in own:
         raise UsageError("--out belongs to the pipeline: write out in defaults")
-    kinds = ("vram", "gpus", "rig", "size")
-    named = [k for k in kinds if k in own]
-    if named:
+    kinds = budget_flags.KINDS
+    if any(k in own for k in kinds):
         common = {k: v for k, v in common.items() if k not in kinds}
     request = Request(model, **{**common, **own, "out": Path()})
-    given = [k for k in kinds if getattr(request, k) is not None]
+    given = budget_flags.named(request)
     if len(given) != 1 and not (not given and request.max_loss is not None):
         raise UsageError(f"{text!r} must name one of --vram, --gpus, --rig, --size")
+    budget_flags.require_sense(request)
     return request

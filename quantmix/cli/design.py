@@ -78,7 +78,7 @@ def design(
         bool, typer.Option("--allow-slow-cpu", help="Types that decode slowly may go to RAM.")
     ] = False,
     max_loss: Annotated[
-        str | None, typer.Option(help="Smallest budget with this PPL rise at most: 1%.")
+        str | None, typer.Option(help="Smallest part of the budget with this PPL rise at most: 1%.")
     ] = None,
     min_tps: Annotated[
         float | None, typer.Option(help="At least this many tokens per second.")

@@ -16,7 +16,7 @@ from quantmix.models.model import HParams, Model
 from quantmix.rig.device import Device, Rig
 from quantmix.units import GIB, MIB
 
-_DESKTOP_BYTES: Final = 800 * MIB
+DESKTOP_BYTES: Final = 800 * MIB
 _MIN_GPU_RESERVE_BYTES: Final = 512 * MIB
 _MIN_RAM_RESERVE_BYTES: Final = 4 * GIB
 _PIPELINE_COPIES: Final = 4  # GGML_SCHED_MAX_COPIES of mainline
@@ -113,7 +113,7 @@ def gpu_reserve_bytes(gpu: Device, settings: Settings, *, first: bool, desktop: 
         return gpu.reserve_bytes
     slope = 0.32 if first else 0.10
     auto = max(_MIN_GPU_RESERVE_BYTES, ceil((300 + slope * settings.ubatch) * MIB))
-    return auto + (_DESKTOP_BYTES if first and desktop else 0)
+    return auto + (DESKTOP_BYTES if first and desktop else 0)
 
 
 def host_reserve_bytes(rig: Rig, settings: Settings) -> int:

@@ -39,6 +39,12 @@ def test_names_are_those_of_design(tmp_path: Path) -> None:
     assert names(tmp_path, text) == ["qwen3-0.6b-2G", "mine", "qwen3-0.6b-max-loss-1-"]
 
 
+def test_an_inverse_question_within_a_budget_names_both(tmp_path: Path) -> None:
+    """The same loss sought in two budgets makes two recipes."""
+    text = JOB + 'budgets = ["--vram 4G --max-loss 1", "--size 8bpw --max-loss 1"]'
+    assert names(tmp_path, text) == ["qwen3-0.6b-4G-max-loss-1", "qwen3-0.6b-8bpw-max-loss-1"]
+
+
 def test_budgets_that_differ_elsewhere_are_told_apart(tmp_path: Path) -> None:
     """The same memory at two contexts makes two recipes."""
     found = names(tmp_path, JOB + 'budgets = ["--vram 2G", "--vram 2G --ctx 64k"]')

@@ -87,6 +87,7 @@ BUDGET = 'budgets = ["--vram 1G"]\n'
         (JOB + 'budgets = ["--vrm 1G"]', "job 1 (deepseek-r1): budgets: number 1: unknown flag"),
         (JOB + 'budgets = ["--vram 1G", "--ctx 9"]', "budgets: number 2: '--ctx 9' must name one"),
         (JOB + 'budgets = ["--vram 1G --size 2G"]', "must name one"),
+        (JOB + 'budgets = ["--size 4bpw --reserve 1G"]', "number 1: --reserve means nothing"),
         (JOB + 'budgets = ["--vram 1G --out x"]', "--out belongs to the pipeline"),
         (JOB + BUDGET + 'imatrx = "a"', "job 1 (deepseek-r1): unknown key 'imatrx'"),
         (JOB + BUDGET + "ubatch = 1.5", "job 1 (deepseek-r1): ubatch: 1.5 is not a whole number"),
