@@ -72,7 +72,7 @@ class Workshop:
         """Return the loss model of a request, None where it cannot be shared."""
         from quantmix.loss import load
 
-        if request.mtp or request.measurements is not None:
+        if request.mtp or request.own or request.measurements is not None:
             return None
         imatrix = not request.no_imatrix
         key = identity.of_value([digest, request.model, request.layout, request.engine, imatrix])
@@ -165,6 +165,7 @@ def design(order: _Order) -> Made:
         request,
         model=order.workshop.model(request, digest),
         loss=order.workshop.loss(request, digest),
+        db=order.option("db"),
     )
     recipe = answer.recipe
     document = json.loads(json.dumps(recipe.to_json(), allow_nan=False))
