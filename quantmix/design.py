@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -73,18 +73,19 @@ def design(
     """Return the recipe of least predicted damage that fits the budget.
 
     Args:
-        engine: `ik` or `mainline`; overrides the budget's settings.
+        engine: `ik` or `mainline`, at its newest build; overrides the budget's, whose other
+            launch settings stay.
 
     Raises:
         InfeasibleBudget: nothing fits; the message names the smallest budget that works.
-        UsageError: types, pins or floors that make no sense for this model.
+        UsageError: types, pins or floors that make no sense for this model; settings that the
+            other engine does not take.
     """
     if engine is not None and engine != budget.settings.engine:
         from quantmix.budget import make_settings
 
-        old = budget.settings
-        fresh = make_settings(engine=engine, ctx=old.ctx, ctk=old.ctk, ctv=old.ctv)
-        budget = replace(budget, settings=fresh)
+        other = {**asdict(budget.settings), "engine": engine, "build": None}
+        budget = replace(budget, settings=make_settings(**other))
     return run(model, budget, options or Options()).recipe
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -135,6 +136,30 @@ def test_an_impossible_budget_names_the_smallest_that_works(r1: Model) -> None:
     assert qm.design(r1, Budget.from_vram(f"{size}G")).devices[0].used_bytes <= size * GIB
     with pytest.raises(InfeasibleBudget):
         qm.design(r1, Budget.from_vram(f"{size * 0.99:.2f}G"))
+
+
+def test_another_engine_keeps_the_launch_settings(small: Model) -> None:
+    """design(…, engine=…) changes the engine and its build, nothing else."""
+    from quantmix.memory.settings import NEWEST_BUILD
+
+    asked: dict[str, Any] = {
+        "ctx": 8192,
+        "ctk": "q8_0",
+        "ctv": "q8_0",
+        "ubatch": 1024,
+        "batch": 4096,
+        "parallel": 4,
+        "mla": 1,
+        "amb": 512,
+        "nkvo": True,
+        "cram_mib": 1024,
+    }
+    budget = Budget.from_gpus("1x24G", build="2026-01-01", **asked)
+    made = qm.design(small, budget, engine="mainline").settings
+    assert made == replace(budget.settings, engine="mainline", build=NEWEST_BUILD["mainline"])
+    assert qm.design(small, budget, engine="ik").settings == budget.settings
+    with pytest.raises(UnknownName, match="q8_KV"):
+        qm.design(small, Budget.from_vram("9G", ctk="q8_KV"), engine="mainline")
 
 
 def test_pins_and_floors_hold(small: Model) -> None:
