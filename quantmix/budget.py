@@ -115,18 +115,28 @@ def make_settings(engine: str = "ik", build: str | None = None, **values: Any) -
         raise UsageError(f"unknown engine {engine!r}: ik or mainline")
     known = {k: v for k, v in values.items() if v is not None}
     settings = Settings(engine=engine, build=build or NEWEST_BUILD[engine], **known)
-    if settings.ctx <= 0 or settings.ubatch <= 0 or settings.parallel <= 0:
-        raise UsageError("--ctx, --ubatch and --parallel must be above zero")
+    _check_numbers(settings)
     if not re.fullmatch(r"\d{4}-\d{2}-\d{2}", settings.build):
         raise UsageError(f"--engine-build {settings.build!r} is not a date like 2026-08-15")
-    if settings.mla not in (0, 1, 2, 3):
-        raise UsageError(f"--mla {settings.mla} is not one of 0, 1, 2, 3")
     _check_cache_types(settings)
     return replace(
         settings,
         ctx=pad(settings.ctx, 256),
         batch=max(settings.batch, settings.ubatch),
     )
+
+
+def _check_numbers(settings: Settings) -> None:
+    """Refuse numbers that no budget can hold, such as the engines' -1 for "no limit"."""
+    for flag in ("ctx", "ubatch", "batch", "parallel"):
+        number = getattr(settings, flag)
+        if number <= 0:
+            raise UsageError(f"--{flag} {number} must be above zero")
+    for flag, number in (("amb", settings.amb), ("cram", settings.cram_mib)):
+        if number < 0:
+            raise UsageError(f"--{flag} {number} must not be negative: give MiB, 0 turns it off")
+    if settings.mla not in (0, 1, 2, 3):
+        raise UsageError(f"--mla {settings.mla} is not one of 0, 1, 2, 3")
 
 
 def with_ram(

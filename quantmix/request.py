@@ -293,13 +293,14 @@ def budget_of(request: Request, *, is_mla: bool) -> tuple[Budget, tuple[str, ...
             makes no sense.
     """
     ctx = parse_ctx(request.ctx)
+    profile = _profile(request.profile)
     settings: dict[str, Any] = {
         "engine": request.engine,
         "build": request.engine_build,
         "ctx": ctx if ctx is not None else 4096,
         "ctk": request.ctk,
         "ctv": request.ctv or (request.ctk if is_mla else None),
-        "ubatch": request.ubatch or _profile(request.profile),
+        "ubatch": profile if request.ubatch is None else request.ubatch,
         "batch": request.batch,
         "parallel": request.parallel,
         "mla": request.mla,

@@ -162,6 +162,26 @@ def test_another_engine_keeps_the_launch_settings(small: Model) -> None:
         qm.design(small, Budget.from_vram("9G", ctk="q8_KV"), engine="mainline")
 
 
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"ctx": -5}, "--ctx -5 must be above zero"),
+        ({"ubatch": 0}, "--ubatch 0 must be above zero"),
+        ({"batch": -5}, "--batch -5 must be above zero"),
+        ({"parallel": 0}, "--parallel 0 must be above zero"),
+        ({"amb": -7}, "--amb -7 must not be negative"),
+        ({"cram_mib": -1}, "--cram -1 must not be negative"),
+        ({"mla": 7}, "--mla 7"),
+    ],
+)
+def test_launch_numbers_that_no_budget_can_hold_are_refused(
+    settings: dict[str, int], words: str
+) -> None:
+    """A negative cache would give memory back; each number is refused by its flag's name."""
+    with pytest.raises(UsageError, match=words):
+        Budget.from_vram("9G", **settings)
+
+
 def test_pins_and_floors_hold(small: Model) -> None:
     """A pin fixes a type, a floor forbids worse ones, both are listed."""
     limits = TypeLimits(
