@@ -16,6 +16,7 @@ from quantmix.emit.lint import (
     clean,
     engine_findings,
     landing_findings,
+    readable,
     rule_findings,
     rule_reports,
     settings_of,
@@ -95,11 +96,12 @@ def explain(
     pasted = parse_text(text)
     if not pasted.options:
         raise UsageError("--lint found no flags in that text: paste the line that starts llama.cpp")
-    model, settings = file.model, settings_of(pasted, base)
-    machine = rig or _guessed_rig(pasted)
-    seen, findings = _seen(machine, pasted)
+    given, unread = readable(pasted, base.engine)
+    model, settings = file.model, settings_of(given, base)
+    machine = rig or _guessed_rig(given)
+    seen, findings = _seen(machine, given)
     names = [machine.gpus[i].name for i in seen]
-    command, refused = clean(pasted, len(seen))
+    command, refused = clean(given, len(seen))
     homes = layer_homes(command, model, settings, machine, file.sizes, seen)
     compiled = override_rules(command, model, settings, homes, len(seen))
     loaded = [t for t in model.tensors if t.loaded or settings.mtp]
@@ -108,7 +110,7 @@ def explain(
     placement = _placement(model, homes, where, seen)
     uses = device_uses(file, machine, settings, placement, where)
     findings += _numbering(machine, seen) if rig is not None and len(seen) > 1 else []
-    findings += refused + rule_findings(reports, loaded)
+    findings += unread + refused + rule_findings(reports, loaded)
     findings += engine_findings(pasted, model, settings)
     findings += landing_findings(command, model, file.types, homes, where, names)
     findings += _room(file, uses, where)
@@ -156,10 +158,11 @@ def type_in_name(name: str, engine: Engine) -> str | None:
 
 def _guessed_rig(command: CommandLine) -> Rig:
     """GPUs of unknown size: as many as the line speaks of."""
-    listed = [int(n) for n in re.findall(r"\d+", command.env.get("CUDA_VISIBLE_DEVICES", ""))]
-    named = [int(n) for o in command.overrides for n in re.findall(r"^CUDA(\d+)$", o.buffer)]
+    text = command.env.get("CUDA_VISIBLE_DEVICES", "")
+    listed = [int(n) for n in re.findall(r"\d{1,4}", text)]
+    named = [int(n) for o in command.overrides for n in re.findall(r"^CUDA(\d{1,4})$", o.buffer)]
     split = len(command.tensor_split) - 1
-    count = min(64, 1 + max([0, split, *listed, *named]))
+    count = min(64, 1 + max([0, split, command.integer("mg") or 0, *listed, *named]))
     gpus = tuple(Device(f"GPU{i}", "gpu", None) for i in range(count))
     return Rig(gpus, Device("CPU", "host", None))
 

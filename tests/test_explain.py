@@ -167,6 +167,20 @@ def test_rules_that_never_apply_are_errors_at_the_top() -> None:
     assert said(found, "rule 2", "never takes effect", "rule 1")
 
 
+WRONG_NUMBERS = ["-sm none -mg 5", "-ncmoe abc", "-ts 1,-1", "-ts nan,1", "-c -5", "-ub -1"]
+
+
+@pytest.mark.parametrize("flags", [*WRONG_NUMBERS, "-c " + "9" * 5000])
+def test_numbers_that_no_engine_takes_do_not_reach_the_better_line(flags: str) -> None:
+    """They are errors, and the line proposed holds numbers that work."""
+    found = explain(f"-ngl 99 {flags}", r1(), his_rig(), Settings())
+    assert any("taken as not given here" in f.text for f in found.findings if f.severity == "error")
+    tokens = shlex.split(found.better_line)
+    for flag in ("-c", "-ub", "-b"):
+        assert int(tokens[tokens.index(flag) + 1]) > 0
+    explain(f"-ngl 99 {flags}", r1(), None, Settings())
+
+
 def test_text_without_flags_is_refused() -> None:
     """There is nothing to explain in a sentence."""
     with pytest.raises(UsageError, match="no flags"):

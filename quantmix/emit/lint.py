@@ -12,9 +12,9 @@ from quantmix.emit.cmdline import CommandLine, Option, Override, split_overrides
 from quantmix.emit.ik import CRAM, FA_NEEDS_VALUE, FMOE_GONE
 from quantmix.emit.mainline import FA_NEEDS_VALUE as MAINLINE_FA_NEEDS_VALUE
 from quantmix.emit.mainline import FIT
-from quantmix.emit.simulate import Homes, buffer_home, is_expert
+from quantmix.emit.simulate import Homes, are_shares, buffer_home, is_expert, main_gpu
 from quantmix.errors import UsageError
-from quantmix.ggml.types import GgmlType
+from quantmix.ggml.types import Engine, GgmlType
 from quantmix.memory.model import HOST
 from quantmix.memory.settings import Settings
 from quantmix.models.model import Model, Tensor
@@ -25,6 +25,21 @@ _DIGIT_CLASS: Final = re.compile(r"\[[^\]]*\d-\d{2,}[^\]]*\]")
 _EMPTY_BRANCH: Final = re.compile(r"\|\)|\(\||\|\||\|$|^\|")
 _OPEN_NUMBER: Final = re.compile(r"blk\\?\.[^.\\]*[\d\])]$")
 _IK_ONLY: Final = ("mla", "amb", "fmoe", "ooae", "rtr", "ser", "op")
+_INT32_MAX: Final = (1 << 31) - 1
+# Flags with a whole number: least and most that an engine takes.
+_NUMBERS: Final[Mapping[str, tuple[int, int]]] = {
+    "ngl": (-_INT32_MAX, _INT32_MAX),
+    "mg": (-_INT32_MAX, _INT32_MAX),
+    "ncmoe": (0, _INT32_MAX),
+    "c": (0, _INT32_MAX),
+    "b": (1, _INT32_MAX),
+    "ub": (0, _INT32_MAX),
+    "np": (1, _INT32_MAX),
+    "mla": (0, 3),
+    "amb": (0, _INT32_MAX),
+    "cram": (-1, _INT32_MAX),
+}
+_MAINLINE_WORDS: Final = (("ngl", "auto"), ("ngl", "all"), ("np", "-1"))
 _AMB_DEFAULT: Final = "2026-08-13"  # ik PR 2312: 256 MiB
 _MLA_DEFAULT: Final = "2025-11-12"  # ik: 3
 
@@ -60,14 +75,15 @@ def settings_of(command: CommandLine, base: Settings) -> Settings:
     new_ik = base.engine == "ik" and base.build >= FA_NEEDS_VALUE
     fa_default = base.engine == "mainline" or new_ik
     fa_text = (command.value("fa") or "on").lower()
-    ubatch = command.integer("ub") or 512
+    batch, ubatch = command.integer("b") or 2048, command.integer("ub")
+    ubatch = 512 if ubatch is None else ubatch or batch
     cram = command.integer("cram")
     ctx = command.integer("c")
     return replace(
         base,
         ctx=pad(ctx, 256) if ctx else base.ctx,
         ubatch=ubatch,
-        batch=max(command.integer("b") or 2048, ubatch),
+        batch=max(batch, ubatch),
         ctk=command.value("ctk") or "f16",
         ctv=command.value("ctv") or "f16",
         parallel=command.integer("np") or 1,
@@ -80,12 +96,34 @@ def settings_of(command: CommandLine, base: Settings) -> Settings:
     )
 
 
+def readable(command: CommandLine, engine: Engine) -> tuple[CommandLine, list[Finding]]:
+    """Return the command without numbers that the engine does not take, and a finding for each."""
+    findings: list[Finding] = []
+    options: list[Option] = []
+    for option in command.options:
+        wrong = _unreadable(option, engine)
+        if wrong:
+            findings.append(Finding("error", f"{wrong}; taken as not given here"))
+        else:
+            options.append(option)
+    return replace(command, options=tuple(options)), findings
+
+
 def clean(command: CommandLine, n_gpus: int) -> tuple[CommandLine, list[Finding]]:
-    """Return the command without overrides that no engine takes, and a finding for each."""
+    """Return the command without what names GPUs that are not there, and a finding for each.
+
+    That is overrides that no engine takes, and a main GPU beyond those that it sees.
+    """
     findings: list[Finding] = []
     options: list[Option] = []
     number = 0
     for option in command.options:
+        if option.name == "mg" and command.value("sm") == "none" and n_gpus:
+            try:
+                main_gpu(command, n_gpus)
+            except UsageError as err:
+                findings.append(Finding("error", f"{err}; taken as not given here"))
+                continue
         if option.name != "ot":
             options.append(option)
             continue
@@ -199,6 +237,9 @@ def engine_findings(command: CommandLine, model: Model, settings: Settings) -> l
     if not command.has("cram") and settings.cram_mib:
         text = f"-cram is not given: the server takes up to {settings.cram_mib} MiB of RAM"
         found.append(Finding("note", f"{text} for its prompt cache; -cram 0 turns it off"))
+    if command.value("cram") == "-1":
+        text = "-cram -1 sets no limit to the server's prompt cache: RAM is counted without it"
+        found.append(Finding("warning", f"{text}; write -cram 0 or a number of MiB"))
     if not ik and build >= FIT and not command.has("fit"):
         text = "-fit is on by default and may change context and layout"
         found.append(Finding("note", f"{text} unless -ngl, -ts or -ot is given; write -fit off"))
@@ -291,6 +332,26 @@ def ranges(numbers: Iterable[int]) -> str:
 def _integer(command: CommandLine, name: str, default: int) -> int:
     value = command.integer(name)
     return default if value is None else value
+
+
+def _unreadable(option: Option, engine: Engine) -> str:
+    """Why the engine does not take an option's number; empty when it does."""
+    value = option.value
+    if value is None or (engine == "mainline" and (option.name, value) in _MAINLINE_WORDS):
+        return ""
+    given = f"{option.spelling} {value if len(value) <= 40 else value[:40] + '…'}"
+    if option.name == "ts":
+        return "" if are_shares(value) else f"{given} is no list of shares like 60,40"
+    if option.name not in _NUMBERS:
+        return ""
+    if not re.fullmatch(r"-?[0-9]+", value):
+        return f"{given} is not a whole number"
+    least, most = _NUMBERS[option.name]
+    if len(value) > 11 or abs(int(value)) > _INT32_MAX:
+        return f"{given} is too large"
+    if int(value) < least:
+        return f"{given} must be {least} or more"
+    return f"{given} must be {most} or less" if int(value) > most else ""
 
 
 def _refused(override: Override, n_gpus: int) -> str:

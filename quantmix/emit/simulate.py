@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from quantmix.emit.cmdline import CommandLine, parse
+from quantmix.emit.cmdline import CommandLine, Option, parse
 from quantmix.emit.flags import OffloadFlags, is_movable
 from quantmix.emit.layers import by_bytes, by_count, split_sizes, splits_bytes
 from quantmix.errors import CheckFailed, UsageError
@@ -31,6 +31,7 @@ from quantmix.rig.device import Rig
 IK_NCMOE_SHARED: Final = "2026-03-01"  # -ncmoe spread over GPUs; the exact build is not known
 IK_NCMOE_FROM_LAST: Final = "2026-08-01"  # on one GPU; seen in 2026-08-15, not in 2026-04
 CPU: Final = "CPU"
+_FLOAT32_MAX: Final = 3.4e38  # the engines keep shares as such
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +148,9 @@ def layer_homes(
     """Where -ngl, -sm, -mg and -ts put every block, its KV cache, and the output.
 
     Without `-ts` the engines split by free memory: capacities stand in for it here.
+
+    Raises:
+        UsageError: `-mg` or `-ts` that the engine does not take.
     """
     n = kv.n_blocks(model)
     ngl = command.integer("ngl")
@@ -157,9 +161,10 @@ def layer_homes(
         first, last = max(n - ngl, 0), n + 1 if ngl > n else n
     else:
         first, last = max(n + 1 - ngl, 0), n + 1
-    if len(seen) == 1 or command.value("sm") == "none":
-        gpu = (command.integer("mg") or 0) if len(seen) > 1 else 0
-        slots = [gpu] * (last - first)
+    if command.value("sm") == "none":
+        slots = [main_gpu(command, len(seen))] * (last - first)
+    elif len(seen) == 1:
+        slots = [0] * (last - first)
     else:
         weights = _weights(command, rig, seen)
         if splits_bytes(settings):
@@ -176,7 +181,7 @@ def override_rules(
     """All overrides in the order the engine tries them: (regex, GPU index or HOST).
 
     Raises:
-        UsageError: a regex or a buffer name that the engine refuses.
+        UsageError: a regex, a buffer name or a number of layers that the engine refuses.
     """
     if command.integer("ngl") == 0:
         return []
@@ -188,7 +193,7 @@ def override_rules(
             found = [(_regex(o.pattern), buffer_home(o.buffer, n_gpus)) for o in one.overrides]
             ots += found
         elif option.name in ("cmoe", "ncmoe"):
-            n = 999 if option.name == "cmoe" else int(option.value or 0)
+            n = 999 if option.name == "cmoe" else _moe_layers(option)
             rules = [(_moe_regex(i), HOST) for i in _ncmoe_layers(n, model, settings, homes)]
             if settings.engine == "ik":
                 moe = rules
@@ -205,11 +210,38 @@ def buffer_home(buffer: str, n_gpus: int) -> int:
     """
     if buffer == CPU:
         return HOST
-    match = re.fullmatch(r"CUDA(\d+)", buffer)
+    match = re.fullmatch(r"CUDA(\d{1,4})", buffer)
     if match is None or int(match.group(1)) >= max(1, n_gpus):
         names = ", ".join([CPU, *(f"CUDA{i}" for i in range(n_gpus))])
-        raise UsageError(f"-ot names buffer {buffer!r}: the engine knows {names}")
+        short = buffer if len(buffer) <= 40 else buffer[:40] + "…"
+        raise UsageError(f"-ot names buffer {short!r}: the engine knows {names}")
     return int(match.group(1))
+
+
+def main_gpu(command: CommandLine, n_gpus: int) -> int:
+    """Index of the GPU that takes everything with `-sm none`.
+
+    Raises:
+        UsageError: the engine does not see so many.
+    """
+    gpu = command.integer("mg") or 0
+    if gpu < 0:
+        raise UsageError(
+            f"-mg {gpu} with -sm none uses no GPU in new builds of llama.cpp and is refused by "
+            "others: write -mg 0"
+        )
+    if gpu >= n_gpus:
+        raise UsageError(f"-mg {gpu}: the engine sees CUDA0 to CUDA{n_gpus - 1}")
+    return gpu
+
+
+def are_shares(text: str) -> bool:
+    """Whether both engines can split by this `-ts`: numbers of 0 or more, none infinite."""
+    try:
+        shares = [float(p) for p in re.split(r"[,/]+", text.rstrip(",/"))]
+    except ValueError:
+        return False
+    return all(0 <= s <= _FLOAT32_MAX for s in shares)
 
 
 def default_home(t: Tensor, homes: Homes) -> int:
@@ -261,7 +293,18 @@ def _share_out(n: int, counts: Sequence[int]) -> list[int]:
     return out
 
 
+def _moe_layers(option: Option) -> int:
+    """The N of an `-ncmoe N`."""
+    value = option.value or ""
+    if not re.fullmatch(r"[0-9]{1,9}", value):
+        raise UsageError(f"-ncmoe {value} is not a number of layers")
+    return int(value)
+
+
 def _weights(command: CommandLine, rig: Rig, seen: Sequence[int]) -> list[float]:
+    text = command.value("ts")
+    if text is not None and not are_shares(text):
+        raise UsageError(f"-ts {text} is no list of shares like 60,40")
     given = list(command.tensor_split)[: len(seen)]
     if any(given):
         return given + [0.0] * (len(seen) - len(given))

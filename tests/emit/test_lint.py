@@ -10,6 +10,7 @@ from quantmix.emit.lint import (
     engine_findings,
     landing_findings,
     ranges,
+    readable,
     rule_findings,
     rule_reports,
     settings_of,
@@ -25,8 +26,10 @@ from .conftest import make_rig, model_of, sizes_of
 def texts(flags: str, name: str = "deepseek-r1", build: str = "2025-06-16") -> list[str]:
     """Everything the linter says about these flags on one 96G card."""
     model, rig = model_of(name), make_rig(96, 96)
-    setup = settings_of(parse_text(flags), Settings(build=build))
-    command, found = clean(parse_text(flags), 2)
+    pasted, unread = readable(parse_text(flags), "ik")
+    setup = settings_of(pasted, Settings(build=build))
+    command, found = clean(pasted, 2)
+    found += unread
     homes = layer_homes(command, model, setup, rig, sizes_of(name), [0, 1])
     rules = override_rules(command, model, setup, homes, 2)
     reports = rule_reports(rules, ["CUDA0", "CUDA1"], model.tensors)
@@ -56,6 +59,23 @@ def texts(flags: str, name: str = "deepseek-r1", build: str = "2025-06-16") -> l
         ("-ngl 40 -ot exps=CPU", "leaves layers 0-20 in RAM"),
         ("-rtr -ot exps=CPU", "-rtr repacks"),
         ("-ngl", "needs a value"),
+        ("-sm none -mg 5 -ngl 99", "-mg 5: the engine sees CUDA0 to CUDA1"),
+        ("-sm none -mg -1", "-mg -1 with -sm none uses no GPU"),
+        ("-ncmoe abc -ngl 99", "-ncmoe abc is not a whole number"),
+        ("-ncmoe -4", "-ncmoe -4 must be 0 or more"),
+        ("-ngl 9" + "9" * 5000, "too large"),
+        ("-ts 1,-1", "-ts 1,-1 is no list of shares"),
+        ("-ts nan,1", "-ts nan,1 is no list of shares"),
+        ("-ts 60,x", "-ts 60,x is no list of shares"),
+        ("-c -5", "-c -5 must be 0 or more"),
+        ("--ctx-size 32k", "--ctx-size 32k is not a whole number"),
+        ("-ub -1", "-ub -1 must be 0 or more"),
+        ("-b 0", "-b 0 must be 1 or more"),
+        ("-np 0", "-np 0 must be 1 or more"),
+        ("-mla 9", "-mla 9 must be 3 or less"),
+        ("-amb -7", "-amb -7 must be 0 or more"),
+        ("-cram -1", "no limit"),
+        ("-ot exps=CUDA" + "9" * 5000, "the engine knows"),
     ],
 )
 def test_what_users_get_wrong_is_said(flags: str, said: str) -> None:
@@ -127,6 +147,25 @@ def test_settings_come_from_the_line() -> None:
     new = settings_of(parse_text(""), Settings())
     assert (new.mla, new.amb, new.fa, new.cram_mib) == (3, 256, True, 8192)
     assert settings_of(parse_text(""), Settings(build="2025-06-16")).fa is False
+
+
+def test_what_cannot_be_read_is_taken_as_not_given() -> None:
+    """Settings fall back to the engine's own; -ub 0 is its way to say: as large as -b."""
+    line = parse_text("-c -5 -ub -1 -np 0 -ts nan,1 -ncmoe x -ngl 99 -b 4096")
+    command, found = readable(line, "ik")
+    assert len(found) == 5
+    assert [o.name for o in command.options] == ["ngl", "b"]
+    assert settings_of(command, Settings(ctx=8192)).ctx == 8192
+    got = settings_of(readable(parse_text("-b 1024 -ub 0"), "ik")[0], Settings())
+    assert (got.ubatch, got.batch) == (1024, 1024)
+
+
+def test_words_that_mainline_takes_for_numbers_are_left() -> None:
+    """-ngl all and -np -1 mean something there, and nothing in ik."""
+    line = parse_text("-ngl all -np -1")
+    assert readable(line, "mainline") == (line, [])
+    assert len(readable(line, "ik")[1]) == 2
+    assert readable(parse_text("-ts 60,40,"), "ik")[1] == []
 
 
 def test_types_without_a_kernel_and_slow_types_are_found() -> None:

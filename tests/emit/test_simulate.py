@@ -222,6 +222,23 @@ def test_a_buffer_that_does_not_exist_is_refused() -> None:
         replay(["-ot", "exps=CUDA3"], model_of("deepseek-r1"), Settings(), make_rig(96), {})
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["-sm", "none", "-mg", "5"], "-mg 5"),
+        (["-ncmoe", "abc"], "-ncmoe abc"),
+        (["-ncmoe", "-4"], "-ncmoe -4"),
+        (["-ts", "1,-1"], "-ts 1,-1"),
+        (["-ts", "nan,1"], "-ts nan,1"),
+    ],
+)
+def test_numbers_that_no_engine_takes_are_refused(flags: list[str], said: str) -> None:
+    """Replaying them would mean nothing; the flag is named."""
+    name = "deepseek-r1"
+    with pytest.raises(UsageError, match=said):
+        replay(flags, model_of(name), Settings(), make_rig(96, 96), sizes_of(name))
+
+
 def test_mtp_blocks_follow_the_output_and_count_as_slots() -> None:
     """An unloaded MTP block still counts in -ts, and its tensors are on no device."""
     model, sizes, rig = model_of("glm-4.5-air"), sizes_of("glm-4.5-air"), make_rig(48, 48)
