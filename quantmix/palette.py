@@ -72,11 +72,12 @@ def build(model: Model, loss: LossModel, engine: Engine, limits: TypeLimits) -> 
 
     Raises:
         UnknownName: a type that the engine does not have.
-        UsageError: a type that cannot be written, a bad regex, a rule that matches nothing.
+        UsageError: a type that cannot be written, or not without an imatrix; a bad regex, a rule
+            that matches nothing.
     """
     asked = _asked(engine, limits)
-    pins = [_rule(text, name, engine, "--pin") for text, name in limits.pins]
-    floors = [_rule(text, name, engine, "--floor") for text, name in limits.floors]
+    pins = [_rule(text, name, engine, limits, "--pin") for text, name in limits.pins]
+    floors = [_rule(text, name, engine, limits, "--floor") for text, name in limits.floors]
     names = {t.name for t in asked} | {q for _, q in pins} | {q for _, q in floors}
     written = _written(model, engine, tuple(sorted(names)))
     columns = sorted({t for per in written.values() for t in per.values()}, key=lambda t: t.id)
@@ -137,11 +138,16 @@ def _asked(engine: Engine, limits: TypeLimits) -> tuple[GgmlType, ...]:
         return ggml.default_palette(engine, imatrix=limits.imatrix)
     asked = tuple(ggml.get(name, engine) for name in dict.fromkeys(limits.types))
     for t in asked:
-        if not t.writable:
-            raise UsageError(f"--types: {t.name} is not a type that llama-quantize can write")
-        if not limits.imatrix and t.imatrix in ("required", "asserted"):
-            raise UsageError(f"--types: {t.name} needs an imatrix, but --no-imatrix was given")
+        _require_writable(t, limits, "--types")
     return asked
+
+
+def _require_writable(t: GgmlType, limits: TypeLimits, flag: str) -> None:
+    """Refuse a type that llama-quantize cannot write, or not without a missing imatrix."""
+    if not t.writable:
+        raise UsageError(f"{flag}: {t.name} is not a type that llama-quantize can write")
+    if not limits.imatrix and t.imatrix in ("required", "asserted"):
+        raise UsageError(f"{flag}: {t.name} needs an imatrix, but --no-imatrix was given")
 
 
 def _silent(asked: GgmlType, written: GgmlType) -> bool:
@@ -181,9 +187,11 @@ def _sizes(columns: Sequence[GgmlType], shape: tuple[int, ...]) -> NDArray[np.in
     )
 
 
-def _rule(pattern: str, name: str, engine: Engine, flag: str) -> tuple[re.Pattern[str], str]:
+def _rule(
+    pattern: str, name: str, engine: Engine, limits: TypeLimits, flag: str
+) -> tuple[re.Pattern[str], str]:
     """Compile one `REGEX=TYPE` of the user."""
-    ggml.get(name, engine)
+    _require_writable(ggml.get(name, engine), limits, flag)
     try:
         return re.compile(pattern), name
     except re.error as err:

@@ -205,6 +205,18 @@ def test_pins_and_floors_hold(small: Model) -> None:
         (TypeLimits(pins=(("(", "q8_0"),)), UsageError, "regular expression"),
         (TypeLimits(pins=(("ffn_down", "nope"),)), UnknownName, "nope"),
         (TypeLimits(types=("iq2_xxs",), imatrix=False), UsageError, "imatrix"),
+        (
+            TypeLimits(pins=(("attn_q", "iq1_s"),), imatrix=False),
+            UsageError,
+            "--pin: iq1_s needs an imatrix",
+        ),
+        (
+            TypeLimits(floors=(("attn_q", "iq2_xs"),), imatrix=False),
+            UsageError,
+            "--floor: iq2_xs needs an imatrix",
+        ),
+        (TypeLimits(pins=(("attn_q", "q8_1"),)), UsageError, "--pin: q8_1"),
+        (TypeLimits(floors=(("attn_q", "q8_1"),)), UsageError, "--floor: q8_1"),
     ],
 )
 def test_limits_that_make_no_sense_are_answered(
