@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import quantmix
 from quantmix.emit.ftype import ftype_of
 from quantmix.emit.rules import build_rules
+from quantmix.ggml.header import DEFAULT_ALIGNMENT
 from quantmix.recipe import (
     DeviceUse,
     EngineInfo,
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
 
 UNKNOWN_HEADER_BYTES = 32 * MIB
 """What the header of a file may take when the source's was not read (CONTRACT §2, --size)."""
-
-_ALIGNMENT = 32  # GGUF_DEFAULT_ALIGNMENT
 
 
 def assemble(
@@ -97,14 +96,14 @@ def types_table(tensors: Sequence[PlannedTensor], model: Model) -> dict[str, dic
 
 
 def header_allowance(model: Model) -> int:
-    """Return the bytes to allow for header, metadata and padding of the written file."""
+    """Return the bytes to allow for header and metadata of the written file."""
     return UNKNOWN_HEADER_BYTES if model.header_bytes is None else model.header_bytes + 4096
 
 
 def size_of(model: Model, tensors: Sequence[PlannedTensor]) -> Size:
     """Return the sums over all tensors of the file."""
     total = sum(t.bytes for t in tensors)
-    padded = sum(pad(t.bytes, _ALIGNMENT) for t in tensors)
+    padded = sum(pad(t.bytes, DEFAULT_ALIGNMENT) for t in tensors)
     unloaded = sum(p.bytes for p, t in zip(tensors, model.tensors, strict=True) if not t.loaded)
     return Size(
         tensor_bytes=total,

@@ -179,7 +179,8 @@ def _for_file(
     else:
         assert budget.file_bytes is not None
         capacity = budget.file_bytes - header_allowance(model)
-    found = plan_in_file(model, palette, capacity, options.goals)
+    by_file = budget.bpw is None
+    found = plan_in_file(model, palette, capacity, options.goals, padded=by_file)
     if isinstance(found, Shortage):
         need = capacity + found.missing_bytes["file"]
         floor = (

@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantmix.choices import Choices, build_choices
+from quantmix.ggml.header import DEFAULT_ALIGNMENT
 from quantmix.memory.model import DeviceMemory, Placement
 from quantmix.models.model import Model
 from quantmix.palette import Palette
@@ -16,15 +17,17 @@ from quantmix.solve.solver import solve
 
 
 def plan_in_file(
-    model: Model, palette: Palette, capacity_bytes: float, goals: Goals
+    model: Model, palette: Palette, capacity_bytes: float, goals: Goals, *, padded: bool
 ) -> tuple[NDArray[np.int64], Solution, Problem] | Shortage:
     """Return the best mix whose tensors take at most `capacity_bytes`, without devices.
+
+    `padded` counts each tensor up to where the next may start in a file.
 
     Raises:
         UsageError: a tensor has no type left.
     """
     choices = choices_in_file(model, palette)
-    rows = file_use(choices)
+    rows = file_use(choices, padded=padded)
     problem = Problem(
         groups=tuple(g.label for g in choices.groups),
         option=choices.option_label,
@@ -58,12 +61,14 @@ def choices_in_file(model: Model, palette: Palette) -> Choices:
     return build_choices(model, palette, placement, memory, seconds, tie_dense=False)
 
 
-def file_use(choices: Choices) -> FloatArray:
+def file_use(choices: Choices, *, padded: bool = False) -> FloatArray:
     """Return (G, J) bytes in the file, whatever the home and whether loaded or not."""
+    align = DEFAULT_ALIGNMENT if padded else 1
     use = np.zeros(choices.damage.shape)
     for g, group in enumerate(choices.groups):
         n = len(group.homes)
         for member, part in zip(group.members, group.parts, strict=True):
             kept = choices.palette.kept_bytes[member]
-            use[g, :n] += kept or choices.palette.bytes[member, group.columns[:, part]]
+            n_bytes = kept or choices.palette.bytes[member, group.columns[:, part]]
+            use[g, :n] += -(-n_bytes // align) * align
     return use

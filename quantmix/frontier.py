@@ -21,6 +21,7 @@ from quantmix.assemble import header_allowance
 from quantmix.choices import Choices
 from quantmix.errors import InfeasibleBudget, UsageError
 from quantmix.filesize import choices_in_file, file_use
+from quantmix.ggml.header import DEFAULT_ALIGNMENT
 from quantmix.ggml.types import GgmlType
 from quantmix.loss.evidence import Published, of_model
 from quantmix.loss.model import LossModel
@@ -32,7 +33,7 @@ from quantmix.palette import Palette, TypeLimits
 from quantmix.recipe import Quality
 from quantmix.solve.frontier import Hull, knee
 from quantmix.solve.problem import IntArray
-from quantmix.units import GIB, gib, parse_size
+from quantmix.units import GIB, gib, pad, parse_size
 
 DEFAULT_POINTS = 40
 _WORST_NATS = 0.7  # perplexity doubled: below such sizes a model is of no use
@@ -164,6 +165,7 @@ class Sweep:
             columns < 0, self.palette.kept_bytes, self.palette.bytes[rows, np.maximum(columns, 0)]
         )
         types: dict[str, int] = defaultdict(int)
+        padded = sum(pad(int(n), DEFAULT_ALIGNMENT) for n in sizes)
         mix = self.mix(choice)
         vram = self.fixed_bytes
         tied = is_tied(self.model)
@@ -176,7 +178,7 @@ class Sweep:
         price = float(self.hull.price[step]) * GIB if step < len(self.hull.price) else 0.0
         return Point(
             tensor_bytes=total,
-            file_bytes=total + header_allowance(self.model),
+            file_bytes=padded + header_allowance(self.model),
             bpw=8 * total / self.model.n_elements,
             vram_bytes=vram,
             quality=quality,

@@ -17,7 +17,7 @@ from quantmix.errors import InfeasibleBudget, UnknownName, UsageError
 from quantmix.models.model import Model
 from quantmix.palette import TypeLimits
 from quantmix.recipe import Recipe
-from quantmix.units import GIB
+from quantmix.units import GIB, parse_size
 
 
 @pytest.fixture(scope="module")
@@ -235,6 +235,21 @@ def test_a_size_is_a_hard_cap(small: Model) -> None:
     assert made.size.file_bytes <= 400 * 2**20
     with pytest.raises(InfeasibleBudget, match="--size"):
         qm.design(small, Budget.from_size("0.5bpw"))
+
+
+def test_the_padding_between_tensors_counts_in_a_size(small: Model) -> None:
+    """Tensors start at multiples of 32 bytes: norms of an odd length do not break the cap."""
+    tensors = tuple(
+        replace(t, shape=(t.shape[0] + 1,)) if len(t.shape) == 1 else t for t in small.tensors
+    )
+    odd = replace(small, tensors=tensors)
+    for cap in range(400_000_000, 400_000_100, 20):
+        made = qm.design(odd, Budget.from_size(str(cap)))
+        assert cap - 4096 <= made.size.file_bytes <= cap
+    with pytest.raises(InfeasibleBudget, match="--size") as caught:
+        qm.design(odd, Budget.from_size("100M"))
+    least = str(caught.value).split("--size ")[1]
+    assert qm.design(odd, Budget.from_size(least)).size.file_bytes <= parse_size(least)
 
 
 def test_two_cards_hold_the_model_without_overrides(r1: Model) -> None:
