@@ -10,12 +10,12 @@ from quantmix.errors import UsageError
 from quantmix.memory.plan import DESKTOP_BYTES
 from quantmix.memory.settings import NEWEST_BUILD, Settings
 from quantmix.rig.device import Rig
-from quantmix.units import pad, parse_size
+from quantmix.units import pad, parse_bpw, parse_size
 
 ANY_VRAM_BYTES: Final = 1 << 50
 """An ideal device that no model is too large for."""
 
-_BPW = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*bpw\s*$", re.IGNORECASE)
+_INT32_MAX: Final = (1 << 31) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,12 +96,9 @@ class Budget:
     def from_size(cls, size: str, **settings: Any) -> Budget:
         """A file of a given size (`240G`) or density (`3.5bpw`), no device model."""
         made = make_settings(**settings)
-        match = _BPW.match(size)
-        if match:
-            bpw = float(match.group(1))
-            if bpw <= 0:
-                raise UsageError(f"--size {size!r} must be above zero")
-            return cls(f"{match.group(1)}bpw", made, bpw=bpw)
+        bpw = parse_bpw(size, "--size")
+        if bpw is not None:
+            return cls("".join(size.lower().split()), made, bpw=bpw)
         return cls(size.strip(), made, file_bytes=parse_size(size, "--size"))
 
 
@@ -129,14 +126,18 @@ def make_settings(engine: str = "ik", build: str | None = None, **values: Any) -
 def _check_numbers(settings: Settings) -> None:
     """Refuse numbers that no budget can hold, such as the engines' -1 for "no limit"."""
     for flag in ("ctx", "ubatch", "batch", "parallel"):
-        number = getattr(settings, flag)
-        if number <= 0:
-            raise UsageError(f"--{flag} {number} must be above zero")
-    for flag, number in (("amb", settings.amb), ("cram", settings.cram_mib)):
-        if number < 0:
-            raise UsageError(f"--{flag} {number} must not be negative: give MiB, 0 turns it off")
+        _check_number(flag, getattr(settings, flag), 1, "must be above zero")
+    for flag, n_mib in (("amb", settings.amb), ("cram", settings.cram_mib)):
+        _check_number(flag, n_mib, 0, "must not be negative: give MiB, 0 turns it off")
     if settings.mla not in (0, 1, 2, 3):
         raise UsageError(f"--mla {settings.mla} is not one of 0, 1, 2, 3")
+
+
+def _check_number(flag: str, number: int, least: int, wrong: str) -> None:
+    if number < least:
+        raise UsageError(f"--{flag} {number} {wrong}")
+    if number > _INT32_MAX:
+        raise UsageError(f"--{flag} is more than the engines take, {_INT32_MAX}")
 
 
 def with_ram(

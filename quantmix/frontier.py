@@ -8,7 +8,6 @@ smallest sufficient memory must have is said beside them.
 from __future__ import annotations
 
 import math
-import re
 from collections import defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,11 +32,10 @@ from quantmix.palette import Palette, TypeLimits
 from quantmix.recipe import Quality
 from quantmix.solve.frontier import Hull, knee
 from quantmix.solve.problem import IntArray
-from quantmix.units import GIB, gib, pad, parse_size
+from quantmix.units import GIB, gib, pad, parse_bpw, parse_size
 
 DEFAULT_POINTS = 40
 _WORST_NATS = 0.7  # perplexity doubled: below such sizes a model is of no use
-_BPW = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*bpw\s*$", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -306,9 +304,9 @@ def parse_bound(text: str | None, flag: str, model: Model) -> int | None:
     """
     if text is None:
         return None
-    match = _BPW.match(text)
-    if match:
-        return math.floor(float(match.group(1)) * model.n_elements / 8)
+    bpw = parse_bpw(text, flag)
+    if bpw is not None:
+        return math.floor(bpw * model.n_elements / 8)
     return parse_size(text, flag)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import time
 from collections.abc import Sequence
@@ -236,11 +237,11 @@ def parse_ctx(text: str) -> int | None:
     Raises:
         UsageError: it is neither.
     """
-    match = re.fullmatch(r"(\d+)([kK]?)", text.strip())
+    match = re.fullmatch(r"(\d{1,12})([kK]?)", text.strip())
     if text.strip().lower() == "max":
         return None
     if match is None or int(match.group(1)) == 0:
-        raise UsageError(f"--ctx {text!r} is not a context length: write 32768, 32k or max")
+        raise UsageError(f"--ctx {text[:40]!r} is not a context length: write 32768, 32k or max")
     return int(match.group(1)) * (1024 if match.group(2) else 1)
 
 
@@ -250,9 +251,9 @@ def parse_percent(text: str) -> float:
     Raises:
         UsageError: it is not a percentage above zero.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*%?", text.strip())
+    match = re.fullmatch(r"(\d{1,9}(?:\.\d+)?)\s*%?", text.strip())
     if match is None or float(match.group(1)) <= 0:
-        raise UsageError(f"--max-loss {text!r} is not a percentage: write it like 1%")
+        raise UsageError(f"--max-loss {text[:40]!r} is not a percentage: write it like 1%")
     return float(match.group(1)) / 100
 
 
@@ -344,13 +345,13 @@ def _profile(profile: str | None) -> int | None:
 def _options(request: Request) -> Options:
     limits = Limits()
     if request.time_limit is not None:
-        if request.time_limit < 0:
-            raise UsageError("--time-limit must not be negative")
+        if not request.time_limit >= 0:
+            raise UsageError("--time-limit must be a number, not negative")
         limits = replace(limits, seconds=request.time_limit)
-    if request.quality_slack is not None and request.quality_slack < 0:
-        raise UsageError("--quality-slack must not be negative")
-    if request.min_tps is not None and request.min_tps <= 0:
-        raise UsageError("--min-tps must be above zero")
+    if request.quality_slack is not None and not request.quality_slack >= 0:
+        raise UsageError("--quality-slack must be a number, not negative")
+    if request.min_tps is not None and not 0 < request.min_tps < math.inf:
+        raise UsageError("--min-tps must be a number above zero")
     names = tuple(t.strip() for t in (request.types or "").split(",") if t.strip())
     if request.types is not None and not names:
         raise UsageError("--types is empty: name types like q8_0,iq4_ks,iq2_kt")

@@ -28,29 +28,54 @@ _FACTORS: Final = {
     "tib": 1 << 40,
     "tb": 10**12,
 }
-_SIZE: Final = re.compile(r"^\s*(\d+(?:\.\d+)?|\.\d+)\s*([A-Za-z]*)\s*$")
+_SIZE: Final = re.compile(r"^\s*(\d*)(?:\.(\d+))?\s*([A-Za-z]*)\s*$")
+_BPW: Final = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*bpw\s*$", re.IGNORECASE)
+_MOST_BYTES: Final = 1 << 60
+_MOST_BPW: Final = 1000
+_DECIMALS: Final = 30  # more decide no byte
 
 
 def parse_size(text: str, what: str = "size") -> int:
     """Return the bytes of `192G`, `192GiB` (2^30), `192GB` (10^9), `800M` or a plain number.
 
     Raises:
-        UsageError: `text` is not a size, or is not above zero.
+        UsageError: `text` is not a size, is not above zero, or is beyond any machine.
     """
     match = _SIZE.match(text)
-    factor = _FACTORS.get(match.group(2).lower()) if match else None
-    if match is None or factor is None:
+    factor = _FACTORS.get(match.group(3).lower()) if match else None
+    if match is None or factor is None or not (match.group(1) or match.group(2)):
         raise UsageError(
-            f"{what} {text!r} is not a size: write it like 192G, 192GiB, 192GB or 800M"
+            f"{what} {_short(text)} is not a size: write it like 192G, 192GiB, 192GB or 800M"
         )
-    n_bytes = (
-        int(float(match.group(1)) * factor)
-        if "." in match.group(1)
-        else int(match.group(1)) * factor
-    )
+    whole, part = match.group(1).lstrip("0"), (match.group(2) or "")[:_DECIMALS]
+    too_long = len(whole) > len(str(_MOST_BYTES))
+    digits = 0 if too_long else int((whole or "0") + part)
+    n_bytes: int = digits * factor // 10 ** len(part)
+    if too_long or n_bytes > _MOST_BYTES:
+        raise UsageError(f"{what} {_short(text)} is larger than any memory")
     if n_bytes <= 0:
-        raise UsageError(f"{what} {text!r} must be above zero")
+        raise UsageError(f"{what} {_short(text)} must be above zero")
     return n_bytes
+
+
+def parse_bpw(text: str, what: str = "size") -> float | None:
+    """Return the bits per weight of `3.5bpw`, None for a text of another form.
+
+    Raises:
+        UsageError: not above zero, or more than any type has.
+    """
+    match = _BPW.match(text)
+    if match is None:
+        return None
+    bpw = float(match.group(1))
+    if not 0 < bpw <= _MOST_BPW:
+        raise UsageError(f"{what} {_short(text)} must be above zero and at most {_MOST_BPW}bpw")
+    return bpw
+
+
+def _short(text: str) -> str:
+    """Quote a text, cut where it is long."""
+    return repr(text if len(text) <= 40 else text[:40] + "…")
 
 
 def gib(n_bytes: float, digits: int = 2) -> str:

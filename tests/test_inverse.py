@@ -197,3 +197,29 @@ def test_percentages_are_read() -> None:
     assert parse_percent("1%") == parse_percent("1") == 0.01
     with pytest.raises(UsageError, match="little"):
         parse_percent("little")
+
+
+@pytest.mark.parametrize("digits", [400, 5000])
+def test_digits_without_end_are_one_short_line(digits: int) -> None:
+    """A number beyond any machine is refused by its flag's name, not by Python's."""
+    many = "9" * digits
+    for flags in (
+        {"size": f"{many}bpw"},
+        {"size": f"{many}.5G"},
+        {"vram": many},
+        {"vram": "4G", "ctx": many},
+        {"vram": "4G", "ubatch": int("9" * 400)},
+        {"vram": "4G", "cram": int("9" * 400)},
+        {"gpus": f"{many}G"},
+    ):
+        with pytest.raises(UsageError) as caught:
+            budget_of(Request(SMALL, **flags), is_mla=False)  # type: ignore[arg-type]
+        assert len(str(caught.value)) < 200
+
+
+@pytest.mark.parametrize("flag", ["min_tps", "quality_slack", "time_limit"])
+def test_nan_is_no_number(flag: str, tmp_path: Path) -> None:
+    """nan compares false with everything: it is refused, not passed."""
+    request = Request(SMALL, gpus="1xrtx-4090", no_check=True, out=tmp_path)
+    with pytest.raises(UsageError, match=flag.replace("_", "-")):
+        fulfil(replace(request, **{flag: math.nan}))  # type: ignore[arg-type]

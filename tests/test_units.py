@@ -34,6 +34,23 @@ def test_nonsense_is_refused_by_name(text: str) -> None:
         parse_size(text, "--vram")
 
 
+@pytest.mark.parametrize(
+    "text", ["9" * 400 + ".5", "9" * 5000, "9" * 400 + "G", "9" * 5000 + ".1T"]
+)
+def test_sizes_beyond_any_machine_are_refused(text: str) -> None:
+    """Digits without end are one short line, whatever the number's form."""
+    with pytest.raises(UsageError, match=r"--vram .* is larger than any memory") as caught:
+        parse_size(text, "--vram")
+    assert len(str(caught.value)) < 200
+
+
+def test_fractions_are_exact() -> None:
+    """A size with a dot loses no byte to binary fractions."""
+    assert parse_size("9007199254740993.0") == 9007199254740993
+    assert parse_size("1.7G") == 17 * 2**30 // 10
+    assert parse_size("0.3GB") == 300_000_000
+
+
 @given(st.integers(1, 10**15))
 def test_plain_numbers_are_themselves(n: int) -> None:
     """A number without a unit is bytes."""

@@ -16,8 +16,8 @@ from quantmix.rig.cards import Card, cards, find_card, usable_of_size
 from quantmix.rig.device import Device, Rig
 from quantmix.units import GIB, parse_size
 
-_ITEM: Final = re.compile(r"^(?:(\d+)\s*[x*×]\s*)?(.+)$", re.IGNORECASE)
-_MARKETING: Final = re.compile(r"^(\d+)g$", re.IGNORECASE)
+_ITEM: Final = re.compile(r"^(?:(\d{1,9})\s*[x*×]\s*)?(.+)$", re.IGNORECASE)
+_MARKETING: Final = re.compile(r"^(\d{1,9})g$", re.IGNORECASE)
 _SIZE_LIKE: Final = re.compile(r"^[\d.]+\s*[kmgt](i?b)?$", re.IGNORECASE)
 _MAX_GPUS: Final = 64
 _MAX_REAL_CARDS: Final = 8
