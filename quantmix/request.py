@@ -313,8 +313,8 @@ def budget_of(request: Request, *, is_mla: bool) -> tuple[Budget, tuple[str, ...
     kind = budget_flags.require_sense(request)
     set_aside: dict[str, Any] = {"reserve": request.reserve, "desktop": request.desktop}
     if kind in ("", "vram"):
-        size = request.vram or ANY_VRAM_BYTES
-        return Budget.from_vram(size, **set_aside, **settings), ()
+        budget = Budget.from_vram(request.vram or ANY_VRAM_BYTES, **set_aside, **settings)
+        return budget if kind else replace(budget, label="any device"), ()
     if kind == "size":
         assert request.size is not None
         return Budget.from_size(request.size, **settings), ()

@@ -15,6 +15,7 @@ from quantmix.budget import Budget
 from quantmix.design import Options
 from quantmix.errors import InfeasibleBudget, UsageError
 from quantmix.inverse import longest_context, smallest_budget
+from quantmix.palette import TypeLimits
 from quantmix.request import Request, budget_of, fulfil, parse_ctx, parse_percent
 
 SMALL = "qwen3-4b-instruct-2507"
@@ -106,6 +107,7 @@ def test_a_share_of_the_gpus_is_the_least() -> None:
         ({"vram": "4G"}, r"the smallest that works is --vram \S+G$"),
         ({"gpus": "2x3G"}, r"the smallest that works is 1\d\d% of 2x3G"),
         ({"gpus": "1xrtx-4090", "min_tps": 900.0}, "nothing fits at --min-tps 900"),
+        ({"types": "q3_K"}, "on any device has no mix .* more memory alone does not help"),
     ],
 )
 def test_a_budget_too_small_for_the_quality_gets_the_one_that_works(
@@ -113,8 +115,10 @@ def test_a_budget_too_small_for_the_quality_gets_the_one_that_works(
 ) -> None:
     """The message says what the best there comes to, and the smallest budget that does."""
     budget, _ = budget_of(Request(SMALL, **flags, max_loss="1%"), is_mla=False)
+    limits = TypeLimits(types=(flags["types"],) if "types" in flags else ())
+    options = Options(limits=limits, min_tps=flags.get("min_tps"))
     with pytest.raises(InfeasibleBudget, match=r"at most 1\.00%") as caught:
-        smallest_budget(qm.load_model(SMALL), budget, Options(min_tps=flags.get("min_tps")), 0.01)
+        smallest_budget(qm.load_model(SMALL), budget, options, 0.01)
     assert re.search(said, str(caught.value))
 
 
