@@ -166,12 +166,15 @@ class Recipe:
     def save(self, folder: str | Path, *, figures: bool = True) -> Path:
         """Write the recipe folder of CONTRACT §2, all or nothing, and return it.
 
+        Files of others in an existing recipe folder stay; a GGUF that does not fit this recipe
+        moves into `earlier-N` there, with the recipe that made it.
+
         Raises:
             UsageError: the folder cannot be written.
         """
         from quantmix.emit.folder import write_folder
 
-        return write_folder(self, folder, figures=figures)
+        return write_folder(self, folder, figures=figures).folder
 
     @classmethod
     def from_json(cls, doc: dict[str, Any]) -> Recipe:

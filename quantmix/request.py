@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from quantmix import budget_flags
 from quantmix.budget import ANY_VRAM_BYTES, Budget
 from quantmix.design import Design, Options, run
+from quantmix.emit.folder import write_folder
 from quantmix.engine.ghost import CheckResult, DryCheck, dry_run, static_problems
 from quantmix.errors import CheckFailed, UsageError
 from quantmix.files import write_text
@@ -151,7 +152,7 @@ def fulfil(
     check: CheckResult | None = None
     if request.no_check:
         recipe = replace(recipe, check=None)
-        folder = recipe.save(request.out / recipe.name)
+        written = write_folder(recipe, request.out / recipe.name)
     else:
         with dry_run(recipe, model) as engine:
             _prepare_figures()
@@ -163,17 +164,17 @@ def fulfil(
                 f"the first at {first.tensor or 'the sums'}: {first.problem}"
             )
         recipe = replace(recipe, check=check.to_json())
-        folder = recipe.save(request.out / recipe.name)
+        written = write_folder(recipe, request.out / recipe.name)
     if request.dump_problem is not None:
         dump_problem(found, request.dump_problem)
     return Answer(
         design=replace(found, recipe=recipe),
         model=model,
         check=check,
-        folder=folder,
+        folder=written.folder,
         seconds=time.perf_counter() - started,
         solve_seconds=solved,
-        notes=(*notes, *more, *_profile_note(request, model, found)),
+        notes=(*notes, *more, *_profile_note(request, model, found), *written.notes),
     )
 
 

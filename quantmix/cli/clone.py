@@ -109,17 +109,20 @@ def _import_table(file: Path, model: str | None, out: Path, as_json: bool, quiet
 
 def _finish(recipe: Recipe, out: Path, as_json: bool, quiet: bool) -> None:
     """Save the recipe and tell."""
+    from quantmix.emit.folder import write_folder
     from quantmix.units import gib
 
-    folder = recipe.save(out / recipe.name)
+    written = write_folder(recipe, out / recipe.name)
     if as_json:
         doc = recipe.to_json()
         del doc["tensors"]
-        print_json({**doc, "recipe": str(folder)})
+        print_json({**doc, "recipe": str(written.folder), "notes": list(written.notes)})
         return
     show = console(quiet)
     show.print(
         f"{recipe.name}: {gib(recipe.size.tensor_bytes)}, {recipe.size.bpw:.3f} bpw, "
         f"{len(recipe.rules)} rules, predicted damage {recipe.quality.damage:.4f} nats"
     )
-    show.print(f"written to {folder}")
+    show.print(f"written to {written.folder}")
+    for note in written.notes:
+        show.print(f"note: {note}", markup=False)

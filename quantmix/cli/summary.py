@@ -26,6 +26,7 @@ _PARTS = (
 
 def print_summary(console: Console, answer: Answer) -> None:
     """Print the summary of a design."""
+    from rich.markup import escape
     from rich.table import Table
 
     recipe = answer.recipe
@@ -67,7 +68,7 @@ def print_summary(console: Console, answer: Answer) -> None:
     _print_proof(console, answer)
     _print_real_cards(console, answer)
     for note in (*answer.notes, *recipe.offload.get("notes", [])):
-        console.print(f"[bold]Note[/bold]  {note}")
+        console.print(f"[bold]Note[/bold]  {escape(note)}", soft_wrap=True)
     _print_commands(console, answer)
 
 

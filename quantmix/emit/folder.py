@@ -1,4 +1,4 @@
-"""Write a recipe folder: all of it or nothing."""
+"""Write a recipe folder: all of it or nothing, and nothing of anybody else's is lost."""
 
 from __future__ import annotations
 
@@ -6,33 +6,46 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Set
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from quantmix.emit import scripts
 from quantmix.emit.readme import readme
-from quantmix.errors import UsageError
+from quantmix.errors import BadFile, UsageError
+from quantmix.ggml.shards import read_set, shard_paths
 
 if TYPE_CHECKING:
     from quantmix.recipe import Recipe
 
 
-def write_folder(recipe: Recipe, folder: str | Path, *, figures: bool = True) -> Path:
-    """Write every file of a recipe (CONTRACT §2) and return the folder.
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A written recipe folder; `notes` tell what of an earlier recipe was set aside there."""
 
-    The files are written beside their place and moved there when complete; a recipe that is
-    there already is replaced.
+    folder: Path
+    notes: tuple[str, ...] = ()
+
+
+def write_folder(recipe: Recipe, folder: str | Path, *, figures: bool = True) -> Written:
+    """Write every file of a recipe (CONTRACT §2).
+
+    The files are written beside their place and moved there when complete. Of a recipe that is
+    there already, the files that this function writes are replaced; all others stay. A GGUF made
+    by the earlier recipe that does not fit the new one is moved into `earlier-N` in the folder,
+    together with the earlier recipe: `verify` and `quantize` find it there.
 
     Raises:
-        UsageError: the folder cannot be written.
+        UsageError: the folder cannot be written, or holds no recipe but something else.
     """
     target = Path(folder)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if target.exists() and not (target / "recipe.json").exists() and any(target.iterdir()):
+        place = target.resolve()
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if place.exists() and not (place / "recipe.json").exists() and any(place.iterdir()):
             raise UsageError(f"{target} exists and is no recipe folder: choose another --out")
-        fresh = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        fresh = Path(tempfile.mkdtemp(prefix=f".{place.name}-", dir=place.parent))
     except OSError as err:
         raise UsageError(f"cannot write to {target}: {err.strerror}") from err
     try:
@@ -40,30 +53,50 @@ def write_folder(recipe: Recipe, folder: str | Path, *, figures: bool = True) ->
         if figures:
             _write_figures(recipe, fresh)
         fresh.chmod(0o755)
-        _swap(fresh, target)
+        outdated = _outdated(recipe, place)
+        old = _swap(fresh, place)
     except OSError as err:
         raise UsageError(f"cannot write {target}: {err.strerror}") from err
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
-    return target
+    try:
+        kept = _bring_back(old, place, outdated) if old else None
+    except OSError as err:
+        raise UsageError(
+            f"{target} is written, but files of the earlier folder are still in {old}: "
+            f"{err.filename}: {err.strerror}"
+        ) from err
+    return Written(target, _notes(target, kept, outdated))
+
+
+def _document(recipe: Recipe) -> str:
+    return json.dumps(recipe.to_json(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+_TEXTS: Final[Mapping[str, Callable[[Recipe], str]]] = {
+    "recipe.json": _document,
+    "rules.txt": scripts.rules_text,
+    "rules.args": scripts.rules_args,
+    "quantize.sh": scripts.quantize_sh,
+    "README.md": readme,
+    "serve.sh": scripts.serve_sh,
+    "verify.sh": scripts.verify_sh,
+}
+_MEMORY: Final = "memory.png"
+_TYPES: Final = "types.png"
+_OURS: Final = frozenset({*_TEXTS, _MEMORY, _TYPES})
+_OF_DEVICES: Final = frozenset({"serve.sh", _MEMORY})  # only where the budget names devices
+_OF_WEIGHTS: Final = frozenset({"verify.json", "report.html"})
+"""What other commands write about the quantized file: it stays with that file."""
 
 
 def _write_texts(recipe: Recipe, folder: Path) -> None:
-    document = json.dumps(recipe.to_json(), indent=1, ensure_ascii=False, allow_nan=False)
-    texts: dict[str, str | Callable[[Recipe], str]] = {
-        "recipe.json": document + "\n",
-        "rules.txt": scripts.rules_text,
-        "rules.args": scripts.rules_args,
-        "quantize.sh": scripts.quantize_sh,
-        "README.md": readme,
-    }
-    if recipe.devices:
-        texts["serve.sh"] = scripts.serve_sh
-    texts["verify.sh"] = scripts.verify_sh
-    for name, text in texts.items():
+    for name, text in _TEXTS.items():
+        if name in _OF_DEVICES and not recipe.devices:
+            continue
         path = folder / name
         with path.open("w", encoding="utf-8", newline="\n") as file:
-            file.write(text if isinstance(text, str) else text(recipe))
+            file.write(text(recipe))
             file.flush()
             os.fsync(file.fileno())
         if name.endswith(".sh"):
@@ -74,16 +107,99 @@ def _write_figures(recipe: Recipe, folder: Path) -> None:
     from quantmix.report import figures
 
     if recipe.devices:
-        figures.save(figures.memory_figure(recipe), folder / "memory.png")
-    figures.save(figures.types_figure(recipe), folder / "types.png")
+        figures.save(figures.memory_figure(recipe), folder / _MEMORY)
+    figures.save(figures.types_figure(recipe), folder / _TYPES)
 
 
-def _swap(fresh: Path, target: Path) -> None:
-    """Put `fresh` in the place of `target`; a reader sees the old or the new one."""
-    if not target.exists():
-        fresh.rename(target)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
-    target.rename(old / "recipe")
-    fresh.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
+def _outdated(recipe: Recipe, place: Path) -> frozenset[str]:
+    """Return the GGUF files that the recipe now in `place` promises and `recipe` does not."""
+    from quantmix.recipe import load
+
+    try:
+        wanted, before = _mix(recipe), _mix(load(place))
+    except BadFile:
+        return frozenset()
+    found: set[str] = set()
+    for file in sorted(place.glob("*.gguf")) if wanted != before else ():
+        if file.name in found:
+            continue
+        try:
+            mix = {t.name: (t.type.name, t.n_bytes) for t in read_set(file).tensors}
+        except BadFile:
+            continue
+        if mix == before:
+            found |= {p.name for p in shard_paths(file)}
+    return frozenset(found)
+
+
+def _mix(recipe: Recipe) -> dict[str, tuple[str, int]]:
+    return {t.name: (t.type, t.bytes) for t in recipe.tensors}
+
+
+def _swap(fresh: Path, place: Path) -> Path | None:
+    """Put `fresh` into its place; return where the folder that was there lies now.
+
+    A reader sees the old or the new one. When the new one cannot be moved, the old one is back.
+    """
+    if not place.exists():
+        fresh.rename(place)
+        return None
+    holder = Path(tempfile.mkdtemp(prefix=f".{place.name}-old-", dir=place.parent))
+    old = holder / "recipe"
+    try:
+        place.rename(old)
+    except OSError:
+        holder.rmdir()
+        raise
+    try:
+        fresh.rename(place)
+    except OSError as err:
+        try:
+            old.rename(place)
+        except OSError:
+            raise UsageError(
+                f"cannot write {place}: {err.strerror}; the earlier folder is now {old}"
+            ) from err
+        holder.rmdir()
+        raise
+    return old
+
+
+def _bring_back(old: Path, place: Path, outdated: Set[str]) -> Path | None:
+    """Move from `old` to `place` what is not ours; return the folder of an outdated GGUF.
+
+    What is ours is removed, or goes with that GGUF.
+    """
+    stay = _OURS | outdated | (_OF_WEIGHTS if outdated else frozenset())
+    for entry in sorted(old.iterdir()):
+        if entry.name not in stay:
+            entry.rename(place / entry.name)
+    kept = None
+    if outdated:
+        kept = _unused(place)
+        old.rename(kept)
+    else:
+        for name in _OURS:
+            (old / name).unlink(missing_ok=True)
+        old.rmdir()
+    old.parent.rmdir()
+    return kept
+
+
+def _unused(place: Path) -> Path:
+    """Return the first `earlier-N` that is not there yet."""
+    n = 1
+    while (place / f"earlier-{n}").exists():
+        n += 1
+    return place / f"earlier-{n}"
+
+
+def _notes(target: Path, kept: Path | None, outdated: Set[str]) -> tuple[str, ...]:
+    if kept is None:
+        return ()
+    names = sorted(outdated)
+    some = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+    return (
+        f"{target / kept.name} keeps the earlier recipe and the file it made, which does not fit "
+        f"the new one: {some}",
+    )
