@@ -11,6 +11,7 @@ import json
 import os
 import socket
 import sqlite3
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
@@ -96,16 +97,13 @@ class Store:
         self.path = Path(path) if path else default_path()
         with self._errors():
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            is_new = not self.path.exists()
             self._db = sqlite3.connect(self.path, timeout=_BUSY_SECONDS, isolation_level=None)
             try:
-                self._db.execute("PRAGMA journal_mode = WAL")
                 self._db.execute("PRAGMA synchronous = FULL")
                 self._create()
+                self._use_wal()
             except (sqlite3.Error, BadFile):
-                self._db.close()
-                for suffix in ("", "-wal", "-shm") if is_new else ():
-                    Path(f"{self.path}{suffix}").unlink(missing_ok=True)
+                self._db.close()  # ends the transaction; the file may be another's by now
                 raise
 
     def __enter__(self) -> Store:
@@ -148,7 +146,11 @@ class Store:
         return [_measurement(row) for row in found]
 
     def _create(self) -> None:
-        """Make the table in a new file; refuse files of another kind or a newer version."""
+        """Make the table in a new file; refuse files of another kind or a newer version.
+
+        One transaction: another process that makes the same file is either done or waits.
+        """
+        self._db.execute("BEGIN IMMEDIATE")
         (version,) = self._db.execute("PRAGMA user_version").fetchone()
         tables = self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
         if version > _VERSION or (version == 0 and tables):
@@ -159,7 +161,6 @@ class Store:
             text = str(f.type)
             kind = kinds.get(text.removesuffix(" | None"), "TEXT")
             columns.append(f"{f.name} {kind}" + ("" if "None" in text else " NOT NULL"))
-        self._db.execute("BEGIN IMMEDIATE")
         self._db.execute(
             f"CREATE TABLE IF NOT EXISTS measurement (id INTEGER PRIMARY KEY, {', '.join(columns)})"
         )
@@ -168,6 +169,19 @@ class Store:
         self._db.execute("CREATE INDEX IF NOT EXISTS by_model ON measurement (model, mix)")
         self._db.execute(f"PRAGMA user_version = {_VERSION}")
         self._db.execute("COMMIT")
+
+    def _use_wal(self) -> None:
+        """Change a new file to WAL; SQLite's own busy timeout does not cover this."""
+        deadline = time.monotonic() + _BUSY_SECONDS
+        while True:
+            try:
+                self._db.execute("PRAGMA journal_mode = WAL")
+                return
+            except sqlite3.OperationalError as err:
+                is_busy = err.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY
+                if not is_busy or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.01)
 
     @contextmanager
     def _errors(self) -> Iterator[None]:

@@ -6,8 +6,11 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -94,8 +97,10 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     foreign = tmp_path / "foreign.db"
     with sqlite3.connect(foreign) as db:
         db.execute("CREATE TABLE theirs (x)")
+    before = foreign.read_bytes()
     with pytest.raises(BadFile, match="not a measurements store"):
         Store(foreign)
+    assert foreign.read_bytes() == before
 
 
 def test_where_it_lives(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -113,22 +118,90 @@ def test_unknown_columns_are_a_bug(tmp_path: Path) -> None:
         store.find(colour="red")
 
 
-def test_a_store_that_cannot_be_made_leaves_nothing(
+def test_a_store_that_cannot_be_made_is_made_by_the_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """When the table cannot be written (disk full), the new files go; an old store stays."""
+    """When the table cannot be written (disk full), no file is removed, and later it can."""
     full = sqlite3.OperationalError("database or disk is full")
 
     def fail(store: Store) -> None:
         raise full
 
     old = tmp_path / "old.db"
-    Store(old).close()
-    monkeypatch.setattr(Store, "_create", fail)
-    for path in (tmp_path / "new.db", old):
-        with pytest.raises(BadFile, match="disk is full"):
-            Store(path)
-    assert [p.name for p in tmp_path.iterdir()] == ["old.db"]
+    with Store(old) as store:
+        store.add(_row())
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "_create", fail)
+        for path in (tmp_path / "new.db", old):
+            with pytest.raises(BadFile, match="disk is full"):
+                Store(path)
+    for path, rows in ((tmp_path / "new.db", 1), (old, 2)):
+        with Store(path) as store:
+            store.add(_row())
+            assert len(store.find()) == rows
+
+
+def _when(monkeypatch: pytest.MonkeyPatch, statement: str, event: Callable[[], None]) -> None:
+    """Let `event` happen just before a store first runs a statement that begins so."""
+    real, due = sqlite3.connect, [event]
+
+    class Hooked(sqlite3.Connection):
+        def execute(self, sql: str, *values: Any) -> sqlite3.Cursor:
+            if sql.startswith(statement) and due:
+                due.pop()()
+            return super().execute(sql, *values)
+
+    def connect(*args: Any, **options: Any) -> sqlite3.Connection:
+        return real(*args, factory=Hooked, **options)
+
+    monkeypatch.setattr(sqlite3, "connect", connect)
+
+
+def test_two_that_make_the_same_store_lose_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that opens while another is between its first statements waits; both keep their rows."""
+
+    def write(tag: str) -> None:
+        with Store(tmp_path / "s.db") as store:
+            store.add(_row(file=tag))
+
+    other = threading.Thread(target=write, args=("b",))
+
+    def meanwhile() -> None:
+        other.start()
+        other.join(0.5)
+
+    _when(monkeypatch, "SELECT count", meanwhile)
+    write("a")
+    other.join()
+    with Store(tmp_path / "s.db") as store:
+        assert {m.file for m in store.find()} == {"a", "b"}
+
+
+def test_the_change_to_wal_waits_for_a_writer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A lock that another holds just then delays the opening and is no error."""
+    path = tmp_path / "s.db"
+
+    def hold() -> None:
+        with sqlite3.connect(path, isolation_level=None) as held:
+            held.execute("BEGIN IMMEDIATE")
+            locked.set()
+            time.sleep(0.4)
+
+    locked = threading.Event()
+    holder = threading.Thread(target=hold)
+
+    def meanwhile() -> None:
+        holder.start()
+        locked.wait(9)
+
+    _when(monkeypatch, "PRAGMA journal_mode", meanwhile)
+    with Store(path) as store:
+        store.add(_row())
+    holder.join()
 
 
 def test_a_store_of_the_first_version_is_kept(tmp_path: Path) -> None:

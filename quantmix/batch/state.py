@@ -273,14 +273,23 @@ class State:
             self._lock = None
 
     def _create(self, readonly: bool) -> None:
+        """Make the tables in a new file, in one transaction; a look makes them in memory."""
+        self._db.execute("PRAGMA synchronous = FULL")
+        self._db.execute("BEGIN" if readonly else "BEGIN IMMEDIATE")
         (version,) = self._db.execute("PRAGMA user_version").fetchone()
         (tables,) = self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()
         if version > _VERSION or (version == 0 and tables):
             raise BadFile(f"{self.path} is not a batch state of version {_VERSION}: move it away")
-        if readonly and version == _VERSION:
+        if readonly and version == 0:
+            self._db.close()
+            self._db = sqlite3.connect(":memory:", isolation_level=None)
+            self._create(readonly=False)
             return
-        self._db.execute("PRAGMA synchronous = FULL")
-        self._db.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version = {_VERSION}; COMMIT;")
+        if not readonly:
+            for statement in _SCHEMA.split(";"):
+                self._db.execute(statement)
+            self._db.execute(f"PRAGMA user_version = {_VERSION}")
+        self._db.execute("COMMIT")
 
     def _event(self, recipe: str, step: str, key: str, what: str) -> None:
         now = datetime.now(UTC).isoformat(timespec="milliseconds")

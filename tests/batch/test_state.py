@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sqlite3
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -62,6 +64,28 @@ def test_a_look_writes_nothing(tmp_path: Path) -> None:
     with State(tmp_path / "out", readonly=True) as state:
         assert state.fact("x", lambda: 1) == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_look_while_a_batch_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A look that begins before the tables are there, and a batch that makes them, both work."""
+    (tmp_path / ".quantmix").mkdir()
+    (tmp_path / ".quantmix" / "batch.db").touch()
+    real, batch = sqlite3.connect, []
+
+    class Hooked(sqlite3.Connection):
+        def execute(self, sql: str, *values: Any) -> sqlite3.Cursor:
+            if sql.startswith("SELECT count") and not batch:
+                batch.append(threading.Thread(target=lambda: State(tmp_path).close()))
+                batch[0].start()
+                batch[0].join(0.5)
+            return super().execute(sql, *values)
+
+    monkeypatch.setattr(sqlite3, "connect", lambda *a, **k: real(*a, factory=Hooked, **k))
+    with State(tmp_path, readonly=True) as state:
+        assert state.intents() == []
+    batch[0].join()
+    with State(tmp_path) as state:
+        assert state.intents() == []
 
 
 def test_digests_are_made_once_per_content(tmp_path: Path) -> None:
