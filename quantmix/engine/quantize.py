@@ -26,6 +26,7 @@ from quantmix.engine.weights import WeightsFile, open_weights
 from quantmix.errors import BadFile, CheckFailed, EngineMissing, SourceMismatch, UsageError
 from quantmix.ggml import imatrix as imatrices
 from quantmix.ggml import types
+from quantmix.ggml.shards import prefix_of
 from quantmix.ggml.types import Engine
 from quantmix.recipe import Recipe
 from quantmix.units import gib
@@ -130,7 +131,8 @@ def preflight(
     Raises:
         SourceMismatch: the source's tensors are not the recipe's; names the `--layout` to use.
         BadFile: the source or imatrix is malformed, or the imatrix does not serve this recipe.
-        UsageError: a quantized source, a full disk, an out file that is the source.
+        UsageError: a quantized source, a full disk, an out file that is a shard of the source or
+            named like one.
         EngineMissing: no llama-quantize of the recipe's engine.
     """
     weights = open_weights(source)
@@ -140,8 +142,7 @@ def preflight(
     matrix = imatrices.read(imatrix) if imatrix else None
     warnings = _check_imatrix(recipe, matrix)
     target = Path(out)
-    if target.exists() and target.samefile(weights.path):
-        raise UsageError(f"{out} is the source itself: choose another --out")
+    _require_other_file(target, weights, is_cut=bool(split_max_bytes))
     total = sum(t.bytes for t in recipe.tensors)
     if split_max_bytes:
         require_fitting_shards({t.name: t.bytes for t in recipe.tensors}, split_max_bytes)
@@ -249,6 +250,24 @@ def _check_imatrix(recipe: Recipe, matrix: imatrices.Imatrix | None) -> list[str
         for name in heads
         if name not in known
     ]
+
+
+def _require_other_file(out: Path, weights: WeightsFile, *, is_cut: bool) -> None:
+    """Raise UsageError when the run would replace a file of the source, or name its own wrongly."""
+    files = [path for path, _ in weights.shards]
+    if out.exists() and any(out.samefile(f) for f in files):
+        raise UsageError(f"{out} is the source itself: choose another --out")
+    if prefix_of(out.name) != out.name.removesuffix(".gguf"):
+        raise UsageError(
+            f"{out} is the name of one shard: give --out without the numbers, and --split-max-size "
+            "for shards"
+        )
+    place = out.parent.resolve()
+    if is_cut and any(f.parent.resolve() == place and prefix_of(f.name) == out.stem for f in files):
+        raise UsageError(
+            f"the shards of {out} would lie beside shards of the source with the same name: "
+            "choose another --out"
+        )
 
 
 def _require_disk(out: Path, need: int) -> None:

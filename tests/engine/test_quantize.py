@@ -12,6 +12,7 @@ from mixes import mix_of, recipe_of
 from tiny import write_tiny
 
 from quantmix.engine import quantize as work
+from quantmix.engine.shards import split
 from quantmix.engine.weights import open_weights
 from quantmix.errors import BadFile, CheckFailed, EngineError, SourceMismatch, UsageError
 from quantmix.ggml import imatrix, types
@@ -143,6 +144,28 @@ def test_a_shard_too_small_for_a_tensor_is_refused_at_once(tiny: Path, tmp_path:
     """The largest tensor decides; nothing is run."""
     with pytest.raises(UsageError, match="alone"):
         work.preflight(_recipe(tiny), tiny, tmp_path / "q.gguf", split_max_bytes=1000)
+
+
+def test_no_output_takes_the_name_of_a_shard_of_the_source(tiny: Path, tmp_path: Path) -> None:
+    """Neither a file nor the shards of a cut one may replace any shard of the source."""
+    whole = open_weights(tiny)
+    shards = split(whole, whole.n_bytes // 2, tmp_path)
+    assert len(shards) > 1
+    recipe = _recipe(tiny)
+    for out in shards:
+        with pytest.raises(UsageError, match="source itself"):
+            work.preflight(recipe, shards[0], out)
+    out = tmp_path / f"{tiny.stem}.gguf"
+    with pytest.raises(UsageError, match="beside shards of the source"):
+        work.preflight(recipe, shards[0], out, split_max_bytes=100_000)
+    work.preflight(recipe, shards[0], out)
+    work.preflight(recipe, shards[0], tmp_path / "new" / out.name, split_max_bytes=100_000)
+
+
+def test_a_name_of_one_shard_is_refused_at_once(tiny: Path, tmp_path: Path) -> None:
+    """A file that says it is one of several could not be read again after the run."""
+    with pytest.raises(UsageError, match="--split-max-size"):
+        work.preflight(_recipe(tiny), tiny, tmp_path / "q-00001-of-00002.gguf")
 
 
 def test_types_that_need_an_imatrix_are_refused_without(tiny: Path, tmp_path: Path) -> None:
