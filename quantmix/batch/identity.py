@@ -96,7 +96,7 @@ def of_engine(state: State, name: str) -> str:
         else:
             from quantmix.engine.find import find_program
 
-            path = find_program("llama-quantize").path
+            path = find_program("llama-quantize", engine="ik").path
     except QuantmixError:
         return "none"
     return of_input(state, path) if path else "none"

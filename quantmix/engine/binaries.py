@@ -61,26 +61,31 @@ class ParsedRun:
     log_ratio: LogRatio | None = None
 
 
-def probe(name: str, llama_bin: str | Path | None = None) -> Binary:
+def probe(
+    name: str, llama_bin: str | Path | None = None, *, engine: Engine | None = None
+) -> Binary:
     """Find a program and ask it who it is (`--help`, `--version`).
 
+    Args:
+        engine: as in `find_program`, for llama-quantize.
+
     Raises:
-        EngineMissing: it is nowhere.
+        EngineMissing: it is nowhere, or the named one is not the engine's.
         EngineError: it does not run.
     """
-    program = find_program(name, llama_bin)
+    program = find_program(name, llama_bin, engine=engine)
     text = _ask(program.path, "--help")
     flags = frozenset(_FLAG.findall(text))
     if not flags:
         raise EngineError(f"{program.path} --help names no flags: is it {name} of llama.cpp?")
     # `--custom-q` (quantize) and `-mla` (all others) are ik's alone.
-    engine: Engine = "ik" if flags & {"--custom-q", "-mla", "--mla-use"} else "mainline"
+    whose: Engine = "ik" if flags & {"--custom-q", "-mla", "--mla-use"} else "mainline"
     version = _VERSION.search(_ask(program.path, "--version"))
     if version:
         build = f"{version.group(1)} ({version.group(2)})"
     else:
         build = program.origin if program.origin == "ik-llama-cpp-python" else "unknown"
-    return Binary(program, engine, build, flags)
+    return Binary(program, whose, build, flags)
 
 
 def run(

@@ -5,13 +5,17 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import subprocess
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
 from quantmix.errors import EngineMissing
+from quantmix.ggml.types import Engine
 
 Origin = Literal["--llama-bin", "QUANTMIX_LLAMA_BIN", "PATH", "ik-llama-cpp-python", "libllama"]
+_HELP_SECONDS: Final = 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,14 +35,20 @@ def package_folder() -> Path | None:
     return Path(next(iter(spec.submodule_search_locations)))
 
 
-def find_program(name: str, llama_bin: str | Path | None = None) -> Program:
+def find_program(
+    name: str, llama_bin: str | Path | None = None, *, engine: Engine | None = None
+) -> Program:
     """Return `llama-quantize` or another program of the engine.
 
     Looked for in `llama_bin`, the folder or file named by QUANTMIX_LLAMA_BIN, PATH, and the
     ik-llama-cpp-python package, in that order.
 
+    Args:
+        engine: whose llama-quantize it must be (both engines call it so): another one on PATH is
+            passed over, one that is named is refused.
+
     Raises:
-        EngineMissing: it is nowhere.
+        EngineMissing: it is nowhere, or the named one is not the engine's.
     """
     named: list[tuple[Origin, str | Path | None]] = [
         ("--llama-bin", llama_bin),
@@ -46,22 +56,67 @@ def find_program(name: str, llama_bin: str | Path | None = None) -> Program:
     ]
     for origin, place in named:
         if place:
-            found = _in_place(Path(place), name)
-            if found is None:
+            at = _in_place(Path(place), name)
+            if at is None:
                 raise EngineMissing(f"{origin} {place} holds no executable {name}")
-            return Program(found, origin)
-    on_path = shutil.which(name)
-    if on_path:
-        return Program(Path(on_path), "PATH")
+            _require_flavour(at, origin, engine)
+            return Program(at, origin)
+    passed = []
+    for found in on_path(name):
+        if engine is None or flavour(found) == engine:
+            return Program(found, "PATH")
+        passed.append(str(found))
     package = package_folder()
-    if package is not None:
-        found = _in_place(package / "bin", name)
-        if found is not None:
-            return Program(found, "ik-llama-cpp-python")
+    if package is not None and engine != "mainline":
+        packaged = _in_place(package / "bin", name)
+        if packaged is not None:
+            return Program(packaged, "ik-llama-cpp-python")
+    whose = f"{name} of {engine}" if engine else name
+    seen = f" (passed over: {', '.join(passed)})" if passed else ""
     raise EngineMissing(
-        f"no {name} found: install ik-llama-cpp-python (Linux x86-64), put it on PATH, "
+        f"no {whose} found{seen}: install ik-llama-cpp-python (Linux x86-64), put it on PATH, "
         "or name its folder with --llama-bin or QUANTMIX_LLAMA_BIN"
     )
+
+
+def on_path(name: str) -> Iterator[Path]:
+    """Yield every program of that name on PATH, in the order of its folders."""
+    for folder in os.get_exec_path():
+        found = shutil.which(name, path=folder)
+        if found:
+            yield Path(found)
+
+
+def flavour(program: Path) -> Literal["mainline", "ik", ""]:
+    """Tell whose llama-quantize this is by its `--help`; empty when it is neither."""
+    try:
+        done = subprocess.run(
+            [str(program), "--help"],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=_HELP_SECONDS,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    text = done.stdout + done.stderr
+    if "--custom-q" in text:
+        return "ik"
+    return "mainline" if "--tensor-type-file" in text and "--dry-run" in text else ""
+
+
+def _require_flavour(program: Path, origin: Origin, engine: Engine | None) -> None:
+    """Raise EngineMissing when a named llama-quantize is another engine's."""
+    if engine is None:
+        return
+    whose = flavour(program)
+    if whose != engine:
+        what = f"{whose}'s {program.name}" if whose else f"a {program.name} of neither engine"
+        raise EngineMissing(
+            f"{origin} names {program}, {what}, where {engine}'s is needed: name the folder of "
+            f"{engine}'s programs"
+        )
 
 
 def _in_place(place: Path, name: str) -> Path | None:

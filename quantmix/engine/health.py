@@ -8,6 +8,7 @@ from typing import Any
 
 from quantmix.engine.find import find_program
 from quantmix.errors import QuantmixError
+from quantmix.ggml.types import Engine
 from quantmix.units import gib
 
 
@@ -33,7 +34,7 @@ def examine() -> tuple[Finding, ...]:
             True,
             f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
         ),
-        _program("llama-quantize", "quantizes and dry-runs recipes"),
+        _program("llama-quantize", "quantizes and dry-runs ik recipes", "ik"),
         _program("llama-perplexity", "verifies on GPUs (the embedded engine verifies on CPU)"),
         _program("llama-imatrix", "makes importance matrices on GPUs"),
         _embedded(),
@@ -42,9 +43,9 @@ def examine() -> tuple[Finding, ...]:
     )
 
 
-def _program(name: str, what: str) -> Finding:
+def _program(name: str, what: str, engine: Engine | None = None) -> Finding:
     try:
-        found = find_program(name)
+        found = find_program(name, engine=engine)
     except QuantmixError as err:
         return Finding(name, False, what, str(err))
     return Finding(name, True, f"{found.path} (from {found.origin}); {what}")

@@ -69,10 +69,10 @@ def start(
     """Start a dry run; `finish` waits for it.
 
     Raises:
-        EngineMissing: there is no llama-quantize.
+        EngineMissing: there is no llama-quantize of ik.
         EngineError: it cannot be started.
     """
-    program = find_program("llama-quantize", llama_bin)
+    program = find_program("llama-quantize", llama_bin, engine="ik")
     command = [
         str(program.path),
         *("--dry-run", "--ignore-imatrix-rules", "--custom-q", ",".join(rules)),

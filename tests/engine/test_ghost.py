@@ -101,6 +101,44 @@ def test_a_missing_engine_says_where_it_was_looked_for(
         find_program("llama-quantize")
 
 
+def mainline_like(folder: Path) -> Path:
+    """Put a program with the help of mainline's llama-quantize into a folder."""
+    folder.mkdir()
+    program = folder / "llama-quantize"
+    program.write_text("#!/bin/sh\necho 'usage: --tensor-type-file --dry-run'\n")
+    program.chmod(0o755)
+    return program
+
+
+def test_a_program_of_the_other_engine_on_path_is_passed_over(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """With mainline's llama-quantize first on PATH, ik's is still found, there or packaged."""
+    ours = find_program("llama-quantize", engine="ik").path
+    mainline_like(tmp_path / "bin")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    assert find_program("llama-quantize").path == tmp_path / "bin" / "llama-quantize"
+    assert find_program("llama-quantize", engine="ik").path == ours
+    assert find_program("llama-quantize", engine="mainline").origin == "PATH"
+    small = qm.design(qm.load_model("qwen3-0.6b"), Budget.from_vram("6G"))
+    assert check(small).engine == "llama-quantize dry-run"
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{ours.parent}")
+    found = find_program("llama-quantize", engine="ik")
+    assert (found.path, found.origin) == (ours, "PATH")
+
+
+def test_a_named_program_of_the_other_engine_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The message says whose program was named, and by what."""
+    program = mainline_like(tmp_path / "bin")
+    with pytest.raises(EngineMissing, match=r"--llama-bin .* mainline's llama-quantize"):
+        find_program("llama-quantize", program, engine="ik")
+    monkeypatch.setenv("QUANTMIX_LLAMA_BIN", str(program.parent))
+    with pytest.raises(EngineMissing, match=r"QUANTMIX_LLAMA_BIN .* mainline's llama-quantize"):
+        find_program("llama-quantize", engine="ik")
+
+
 def test_a_log_without_tensors_is_an_engine_error() -> None:
     """Recorded words of an engine that stopped early are shown (replayed, no engine runs)."""
     program = Program(Path("llama-quantize"), "PATH")

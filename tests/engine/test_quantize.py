@@ -14,7 +14,14 @@ from tiny import write_tiny
 from quantmix.engine import quantize as work
 from quantmix.engine.shards import split
 from quantmix.engine.weights import open_weights
-from quantmix.errors import BadFile, CheckFailed, EngineError, SourceMismatch, UsageError
+from quantmix.errors import (
+    BadFile,
+    CheckFailed,
+    EngineError,
+    EngineMissing,
+    SourceMismatch,
+    UsageError,
+)
 from quantmix.ggml import imatrix, types
 from quantmix.recipe import Recipe
 
@@ -199,6 +206,20 @@ def test_a_missing_head_entry_is_a_warning(tiny: Path, tiny_imatrix: Path, tmp_p
     imatrix.write(imatrix.Imatrix(entries), tmp_path / "i.dat")
     plan = work.preflight(_recipe(tiny), tiny, tmp_path / "q.gguf", imatrix=tmp_path / "i.dat")
     assert any("token_embd.weight" in w for w in plan.warnings)
+
+
+def test_a_mainline_program_on_path_is_not_taken_for_ik(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The packaged llama-quantize runs; mainline's that is named by --llama-bin is refused."""
+    program = tmp_path / "llama-quantize"
+    program.write_text("#!/bin/sh\necho 'usage: --tensor-type-file --dry-run'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    plan = work.preflight(_recipe(tiny), tiny, tmp_path / "q.gguf")
+    assert plan.binary.engine == "ik"
+    with pytest.raises(EngineMissing, match="mainline's llama-quantize"):
+        work.preflight(_recipe(tiny), tiny, tmp_path / "q.gguf", llama_bin=tmp_path)
 
 
 def test_another_model_is_a_mismatch(tiny: Path, tiny_moe: Path, tmp_path: Path) -> None:
