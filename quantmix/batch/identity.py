@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from quantmix.batch.state import State
 from quantmix.errors import BadFile, QuantmixError
+from quantmix.ggml.shards import shard_names
 
 _WHOLE_BYTES: Final = 64 << 20  # files up to this size are hashed in full
 _SAMPLES: Final = 64
@@ -60,7 +61,7 @@ def of_model(state: State, folder: Path, spec: str) -> str:
     """Return what a MODEL argument is: all its files, or its name for catalog, hub and URL.
 
     Raises:
-        BadFile: it is written as a path and nothing is there.
+        BadFile: one of its files cannot be read.
     """
     path = folder / Path(spec).expanduser()
     files = model_files(path) if "\0" not in spec and not _is_remote(spec) else []
@@ -70,7 +71,7 @@ def of_model(state: State, folder: Path, spec: str) -> str:
 
 
 def model_files(path: Path) -> list[Path]:
-    """Return the files of a local model: all shards of a GGUF, or what lies in a folder."""
+    """Return the files of a local model: the shards of a GGUF, or what lies in a folder."""
     if path.is_dir():
         return sorted({f for pattern in _CHECKPOINT for f in path.glob(pattern)})
     if not path.is_file():
@@ -78,7 +79,8 @@ def model_files(path: Path) -> list[Path]:
     shard = _SHARD.match(path.name)
     if not shard:
         return [path]
-    return sorted(path.parent.glob(f"{shard[1]}-*-of-{shard[2]}.gguf"))
+    names = shard_names(shard[1], int(shard[2]))
+    return [file for name in names if (file := path.parent / name).is_file()]
 
 
 def _is_remote(spec: str) -> bool:

@@ -179,3 +179,13 @@ def test_a_dropped_file_is_made_again_only_when_needed(place: Path) -> None:
         other = replace(item, job=replace(item.job, chunks=7))
         found = [j.verdict for j in judge(other, state, inputs, state.out)]
     assert found == ["done", "done", "run", "later", "later"]
+
+
+def test_shards_are_found_by_their_exact_names(tmp_path: Path) -> None:
+    """Brackets in a name are no pattern, and a longer name is another model."""
+    ours = [tmp_path / f"m[v2]-0000{i}-of-00002.gguf" for i in (1, 2)]
+    for file in (*ours, tmp_path / "m[v2]-big-00001-of-00002.gguf"):
+        file.write_text("x")
+    assert identity.model_files(ours[1]) == ours
+    ours[0].unlink()
+    assert identity.model_files(ours[1]) == ours[1:]
