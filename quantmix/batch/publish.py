@@ -22,7 +22,7 @@ def publish(state: State, intent: Intent) -> None:
     that doing it all again ends the same.
 
     Raises:
-        UsageError: a name is taken by something that is no recipe, or cannot be written.
+        UsageError: a name is taken by something else, or cannot be written.
     """
     out = state.out
     try:
@@ -32,7 +32,8 @@ def publish(state: State, intent: Intent) -> None:
         for path, digest in intent.outputs.items():
             state.remember_digest(out / path, digest)
     except OSError as err:
-        raise UsageError(f"cannot write {err.filename or out}: {err.strerror}") from err
+        name = err.filename2 or err.filename or out
+        raise UsageError(f"cannot write {name}: {err.strerror}") from err
     state.done(intent)
     for source, _ in intent.moves:
         shutil.rmtree(out / STAGE / Path(source).relative_to(STAGE).parts[0], ignore_errors=True)
@@ -41,14 +42,22 @@ def publish(state: State, intent: Intent) -> None:
 def recover(state: State) -> list[Intent]:
     """Finish what a kill left between finished and done, clean up; return what was finished.
 
-    An intent whose outputs someone removed meanwhile is forgotten: its step runs again.
+    An intent whose outputs someone removed meanwhile is forgotten: its step runs again. One whose
+    outputs cannot be moved is a failure of its step, which the next run tries again.
     """
     finished = []
     for intent in state.intents():
         staged = any((state.out / source).exists() for source, _ in intent.moves)
         if staged or all((state.out / path).exists() for path in intent.outputs):
-            publish(state, intent)
-            finished.append(intent)
+            try:
+                publish(state, intent)
+                finished.append(intent)
+            except UsageError as err:
+                state.failed(
+                    *(intent.recipe, intent.step, intent.key, intent.seconds),
+                    *(str(err), err.exit_code),
+                    lasting=False,
+                )
         else:
             state.forget(intent)
     clean(state.out)
@@ -58,7 +67,7 @@ def recover(state: State) -> list[Intent]:
 def clean(out: Path) -> None:
     """Remove what unfinished steps left in the stage, and replaced folders.
 
-    Only when every intent is published: a committed one still needs its stage.
+    Only when no intent is left: a committed one still needs its stage.
     """
     for name in (STAGE, _TRASH):
         shutil.rmtree(out / name, ignore_errors=True)
@@ -78,12 +87,16 @@ def require_free_name(folder: Path) -> None:
 
 def _move(out: Path, source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    if source.is_dir() and target.exists():
+    if source.is_dir() and target.is_dir():
         trash = out / _TRASH
         trash.mkdir(parents=True, exist_ok=True)
         old = Path(tempfile.mkdtemp(dir=trash)) / "old"
         os.rename(target, old)
-        os.rename(source, target)
+        try:
+            os.rename(source, target)
+        except OSError:
+            os.replace(old, target)
+            raise
         shutil.rmtree(old.parent, ignore_errors=True)
     else:
         os.replace(source, target)

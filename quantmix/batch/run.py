@@ -227,7 +227,15 @@ class _Run:
             moves=tuple((a, b) for a, b in outcome["moves"]),
         )
         self.batch.state.intend(intent)
-        publish(self.batch.state, intent)
+        try:
+            publish(self.batch.state, intent)
+        except UsageError as err:
+            self._fail(
+                *(run.item, run.step, outcome["seconds"], str(err), err.exit_code),
+                lasting=False,
+                key=run.key,
+            )
+            return
         self.ran[run.item.name, run.step] = outcome["seconds"]
         self._judge(run.item)
         self.watcher.ended(run.item, run.step, outcome["seconds"], "")

@@ -190,8 +190,9 @@ class State:
         code: int,
         lasting: bool,
     ) -> None:
-        """Record a failure with its reason."""
+        """Record a failure with its reason; an intent of the step is taken back."""
         with self._transaction():
+            self._run("DELETE FROM intent WHERE recipe = ? AND step = ?", (recipe, step))
             self._run(
                 "INSERT OR REPLACE INTO step VALUES (?, ?, ?, 'failed', ?, '{}', ?, ?, ?, '{}')",
                 (recipe, step, key, seconds, reason, int(lasting), code),

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 
 from quantmix.batch import identity
+from quantmix.batch.executor import LocalExecutor
+from quantmix.batch.items import Item
+from quantmix.batch.pipeline import load
 from quantmix.batch.publish import STAGE, publish, recover, require_free_name
+from quantmix.batch.run import open_batch, run
 from quantmix.batch.state import Intent, State
 from quantmix.errors import UsageError
 
@@ -81,6 +86,97 @@ def test_an_intent_without_outputs_is_forgotten(tmp_path: Path) -> None:
         assert recover(state) == []
         assert state.intents() == []
         assert state.step("r", "design") is None
+
+
+def test_an_output_that_cannot_be_moved_fails_its_step_alone(tmp_path: Path) -> None:
+    """Its intent is given up with the reason and can run again; others are finished."""
+    blocked = staged(tmp_path, "one")
+    (tmp_path / "r").write_text("of someone else")
+    stage = tmp_path / STAGE / "s.design.1"
+    stage.mkdir()
+    (stage / "f").write_text("f")
+    digest = identity.of_file(stage / "f")
+    moves = ((f"{STAGE}/s.design.1/f", "s/f"),)
+    with State(tmp_path) as state:
+        state.intend(blocked)
+        state.intend(Intent("s", "design", "k", 1.0, {}, {"s/f": digest}, moves))
+        assert [i.recipe for i in recover(state)] == ["s"]
+        assert state.intents() == []
+        last = state.step("r", "design")
+        assert last is not None
+        assert (last.status, last.lasting, last.code) == ("failed", False, 2)
+        assert "cannot write" in last.reason
+    assert (tmp_path / "r").read_text() == "of someone else"
+    assert (tmp_path / "s" / "f").read_text() == "f"
+    assert not (tmp_path / STAGE).exists()
+
+
+def test_a_folder_that_cannot_be_replaced_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When the new folder cannot be moved to its name, the old one is there as it was."""
+    with State(tmp_path) as state:
+        publish(state, staged(tmp_path, "old"))
+        intent = staged(tmp_path, "new")
+        rename = os.rename
+
+        def failing(source: Path, target: Path) -> None:
+            if STAGE in str(source):
+                raise OSError(5, "Input/output error")
+            rename(source, target)
+
+        monkeypatch.setattr(os, "rename", failing)
+        with pytest.raises(UsageError, match="Input/output error"):
+            publish(state, intent)
+    assert names(tmp_path / "r") == {"a": "old", "extra": "old!"}
+
+
+class Blocking:
+    """A watcher that puts a file in the place of the first recipe while it is designed."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self.blocked = ""
+
+    def started(self, item: Item, step: str) -> None:
+        """Block the first."""
+        if not self.blocked:
+            self.blocked = item.name
+            (self.out / item.name).write_text("of someone else")
+
+    def progress(self, item: Item, step: str, event: object) -> None:
+        """Do nothing."""
+
+    def ended(self, item: Item, step: str, seconds: float, reason: str) -> None:
+        """Do nothing."""
+
+
+def test_a_run_goes_on_when_an_output_cannot_be_moved(tmp_path: Path) -> None:
+    """The item fails with the reason, the next is made, and a later run mends the first."""
+    text = """
+        [[job]]
+        model = "qwen3-0.6b"
+        budgets = ["--size 4.5bpw", "--size 3.5bpw"]
+        steps = ["design"]
+        """
+    (tmp_path / "p.toml").write_text(text)
+    pipeline = load(tmp_path / "p.toml")
+
+    def go() -> list[str]:
+        with open_batch(pipeline) as batch:
+            ended = run(
+                *(batch, lambda: LocalExecutor(tmp_path, 1), watcher),
+                keep="all",
+                disk_bytes=None,
+            )
+        return [e.failure.reason if e.failure else e.steps[0].what for e in ended]
+
+    watcher = Blocking(tmp_path / "recipes")
+    first, second = go()
+    assert watcher.blocked in first
+    assert second == "ran"
+    (tmp_path / "recipes" / watcher.blocked).unlink()
+    assert go() == ["ran", "done"]
 
 
 def test_folders_of_others_are_not_replaced(tmp_path: Path) -> None:
