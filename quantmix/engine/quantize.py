@@ -204,18 +204,17 @@ def _trim(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def _require_float_source(recipe: Recipe, weights: WeightsFile) -> None:
-    kinds = weights.types()
-    engine = model_engine(recipe)
+    kinds = {name: info.type for name, (info, _, _) in weights.tensors.items()}
     again = [
         t.name
         for t in recipe.tensors
-        if kinds[t.name] != t.type and types.table("ik")[kinds[t.name]].is_quantized
+        if kinds[t.name].name != t.type and kinds[t.name].is_quantized
     ]
     if again:
         raise UsageError(
-            f"{weights.path.name} is already quantized ({again[0]} is {kinds[again[0]]}) and "
+            f"{weights.path.name} is already quantized ({again[0]} is {kinds[again[0]].name}) and "
             f"quantizing again loses more: use the bf16 or f16 source, or --allow-requantize "
-            f"({engine} would refuse too)"
+            f"({model_engine(recipe)} would refuse too)"
         )
 
 

@@ -23,6 +23,7 @@ from quantmix.errors import (
     UsageError,
 )
 from quantmix.ggml import imatrix, types
+from quantmix.ggml.writer import NewTensor, encode_header, encode_metadata, write_sparse
 from quantmix.recipe import Recipe
 
 pytestmark = pytest.mark.engine
@@ -249,6 +250,22 @@ def test_a_quantized_source_needs_consent(tiny: Path, tmp_path: Path) -> None:
         work.preflight(again, first.path, tmp_path / "q4.gguf")
     plan = work.preflight(again, first.path, tmp_path / "q4.gguf", allow_requantize=True)
     work.quantize(plan, threads=1)
+
+
+@pytest.mark.parametrize("kind", ["tq1_0", "nvfp4"])
+def test_a_source_in_a_type_of_the_other_engine_is_quantized_too(
+    tiny: Path, tmp_path: Path, kind: str
+) -> None:
+    """Types that mainline alone knows are named like all others."""
+    source = tmp_path / "m.gguf"
+    written = types.get(kind, "mainline")
+    new = [
+        NewTensor(name, info.shape, written if name.endswith("ffn_up.weight") else info.type)
+        for name, (info, _, _) in open_weights(tiny).tensors.items()
+    ]
+    write_sparse(source, *encode_header(encode_metadata({"general.architecture": "llama"}), new))
+    with pytest.raises(UsageError, match=rf"ffn_up.weight is {kind}\) .*--allow-requantize"):
+        work.preflight(_recipe(tiny), source, tmp_path / "q.gguf")
 
 
 def test_a_full_disk_and_the_source_as_out_are_refused(
