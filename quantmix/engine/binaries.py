@@ -7,6 +7,7 @@ since a NaN run prints none and still exits 0.
 
 from __future__ import annotations
 
+import codecs
 import io
 import math
 import re
@@ -109,16 +110,18 @@ def run(
     except OSError as err:
         raise EngineError(f"{command[0]} does not start: {err.strerror}") from err
     lines, pending = [], ""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
     stdout = process.stdout
     assert isinstance(stdout, io.BufferedReader)
     try:
         while piece := stdout.read1(65536):
-            pending += piece.decode("utf-8", "replace")
+            pending += decoder.decode(piece)
             *whole, pending = re.split(r"(?<=\n)|(?<=\],)|(?<=[0-9n],)(?=\[)", pending)
             for line in whole:
                 lines.append(line.rstrip("\n"))
                 if on_line:
                     on_line(lines[-1])
+        pending += decoder.decode(b"", final=True)
         if pending:
             lines.append(pending)
         return process.wait(), lines

@@ -173,3 +173,17 @@ def test_progress_arrives_while_the_program_runs(tmp_path: Path) -> None:
     assert status == 0
     assert len(times) >= 2
     assert times[-1] - times[0] > 0.1
+
+
+def test_characters_cut_between_two_reads_stay_whole(tmp_path: Path) -> None:
+    """A ± whose two bytes come apart is read as one: its error is not lost."""
+    program = _program(
+        tmp_path,
+        "slow",
+        "import time\n"
+        "for part in (b'Mean KLD: 0.021 \\xc2', b'\\xb1 0.0003\\n', b'end \\xff\\xc2'):\n"
+        "    sys.stdout.buffer.write(part); sys.stdout.flush(); time.sleep(0.2)",
+    )
+    status, lines = binaries.run([str(program)])
+    assert status == 0
+    assert lines == ["Mean KLD: 0.021 ± 0.0003", "end \ufffd\ufffd"]
