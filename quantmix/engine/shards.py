@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import BinaryIO, Final
 
 from quantmix.engine.weights import WeightsFile
-from quantmix.errors import UsageError
+from quantmix.errors import BadFile, UsageError
 from quantmix.ggml.header import TensorInfo
 from quantmix.ggml.writer import KeyValues, NewTensor, copy_metadata, encode_header
 from quantmix.units import gib, pad
@@ -26,6 +26,7 @@ def split(weights: WeightsFile, max_bytes: int, folder: Path) -> list[Path]:
 
     Raises:
         UsageError: one tensor alone is larger.
+        BadFile: the source got shorter meanwhile.
     """
     infos = [info for info, _, _ in weights.tensors.values()]
     require_fitting_shards({t.name: t.n_bytes for t in infos}, max_bytes)
@@ -85,6 +86,8 @@ def _copy(source: BinaryIO, out: BinaryIO, count: int) -> None:
     """Copy `count` bytes between open files."""
     while count:
         piece = source.read(min(count, 1 << 20))
+        if not piece:
+            raise BadFile(f"{source.name} ends {count} bytes early: it was changed while read")
         out.write(piece)
         count -= len(piece)
 

@@ -32,7 +32,7 @@ MAX_STRING_BYTES: Final = 8 << 20  # chat templates are the longest strings, bel
 MAX_TENSORS: Final = 131_072
 MAX_KEYS: Final = 65_536
 MAX_STRINGS: Final = 4_000_000
-MAX_NAME_BYTES: Final = 64  # ggml.h GGML_MAX_NAME; both engines refuse longer tensor names
+MAX_NAME_BYTES: Final = 63  # ggml.h GGML_MAX_NAME is 64, the zero at the end included
 MAX_DIMS: Final = 4  # ggml.h GGML_MAX_DIMS
 _MAX_KEY_BYTES: Final = 65_535  # docs/gguf.md
 _FIRST_READ: Final = 1 << 20
@@ -128,6 +128,18 @@ class Header:
         """Return the decoded array at `key`, empty when it is absent or not an array."""
         value = self.metadata.get(key)
         return value.tolist() if isinstance(value, RawArray) else []
+
+    def int_of(self, key: str) -> int | None:
+        """Return the whole number at `key`, None when it is absent.
+
+        Raises:
+            BadFile: something else is there.
+        """
+        value = self.metadata.get(key)
+        if value is None or type(value) is int:
+            return value
+        shown = "an array" if isinstance(value, RawArray) else f"{value!r:.40}"
+        raise BadFile(f"{self.name}: {key} is {shown}, no whole number")
 
 
 def read_header(path: str | Path) -> Header:

@@ -71,7 +71,7 @@ def read(path: str | Path) -> Imatrix:
     """Read an importance matrix of either format.
 
     Raises:
-        BadFile: missing, truncated, or neither format.
+        BadFile: missing, truncated, malformed, or neither format.
     """
     file = Path(path)
     try:
@@ -224,8 +224,8 @@ def _read_gguf(file: Path) -> Imatrix:
     return Imatrix(
         _finite(entries, file),
         str(datasets[0]) if datasets else "",
-        int(header.metadata.get("imatrix.chunk_count", 0)),
-        int(header.metadata.get("imatrix.chunk_size", 0)),
+        header.int_of("imatrix.chunk_count") or 0,
+        header.int_of("imatrix.chunk_size") or 0,
         source=str(file),
     )
 

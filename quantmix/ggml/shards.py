@@ -99,26 +99,26 @@ def merge(headers: tuple[Header, ...], name: str) -> GgufSet:
     """Check that headers are the shards of one model, in order, and merge them.
 
     Raises:
-        BadFile: numbers contradict the order, tensors appear twice or are missing.
+        BadFile: numbers are none or contradict the order, tensors appear twice or are missing.
     """
     tensors: list[TensorInfo] = []
     seen: dict[str, str] = {}
     for i, h in enumerate(headers):
-        count = h.metadata.get("split.count", 1 if len(headers) == 1 else None)
+        count = h.int_of("split.count")
         if count not in (None, 0, len(headers)):
             raise BadFile(
                 f"{h.name} is one of {count} shards by its metadata, "
                 f"but {len(headers)} by its name: restore the names the shards were made with"
             )
-        no = h.metadata.get("split.no", i)
-        if no != i:
+        no = h.int_of("split.no")
+        if no is not None and no != i:
             raise BadFile(f"{h.name} is shard {no + 1} by its metadata, {i + 1} by its name")
         for t in h.tensors:
             if t.name in seen:
                 raise BadFile(f"tensor {t.name!r} is in both {seen[t.name]} and {h.name}")
             seen[t.name] = h.name
             tensors.append(t)
-    total = headers[0].metadata.get("split.tensors.count")
+    total = headers[0].int_of("split.tensors.count")
     if len(headers) > 1 and total not in (None, len(tensors)):
         raise BadFile(f"{name}: the shards hold {len(tensors)} tensors, their header says {total}")
     return GgufSet(name, headers, tuple(tensors))

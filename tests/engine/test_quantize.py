@@ -148,6 +148,15 @@ def test_shards_hold_the_same_tensors(tiny: Path, tmp_path: Path) -> None:
     assert a.model_fingerprint == b.model_fingerprint == open_weights(tiny).model_fingerprint
 
 
+def test_a_source_that_gets_shorter_while_it_is_cut_is_named(tmp_path: Path) -> None:
+    """Reading beyond the end of a file is an error, not a wait without end."""
+    whole = open_weights(write_tiny(tmp_path / "m.gguf"))
+    with whole.path.open("r+b") as file:
+        file.truncate(whole.n_bytes - 1000)
+    with pytest.raises(BadFile, match=r"m\.gguf ends 1000 bytes early"):
+        split(whole, whole.n_bytes, tmp_path / "shards")
+
+
 def test_a_shard_too_small_for_a_tensor_is_refused_at_once(tiny: Path, tmp_path: Path) -> None:
     """The largest tensor decides; nothing is run."""
     with pytest.raises(UsageError, match="alone"):

@@ -180,6 +180,19 @@ def test_duplicates_are_refused() -> None:
         parse(Bytes(head + bytes(data)))
 
 
+def test_names_have_room_for_their_zero() -> None:
+    """A tensor name has at most 63 bytes: GGML_MAX_NAME, 64, counts the zero at its end."""
+    for n, ok in ((63, True), (64, False)):
+        head, data = encode_header(
+            encode_metadata({"a": 1}), [NewTensor("t" * n, (1,), get("f32"))]
+        )
+        if ok:
+            assert len(parse(Bytes(head + bytes(data))).tensors[0].name) == n
+        else:
+            with pytest.raises(BadFile, match="a string of 64 bytes"):
+                parse(Bytes(head + bytes(data)))
+
+
 @pytest.mark.parametrize("cut", range(0, len(small()), 7))
 def test_every_truncation_is_refused(cut: int) -> None:
     """A file cut anywhere before the last tensor byte is refused, never half read."""

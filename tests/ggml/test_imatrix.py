@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from quantmix.errors import BadFile
 from quantmix.ggml import imatrix, types
 from quantmix.ggml.imatrix import Entry, Imatrix
+from quantmix.ggml.writer import NewTensor, encode_header, encode_metadata
 
 SHAPES = st.lists(st.tuples(st.integers(1, 5), st.integers(1, 40)), min_size=1, max_size=4)
 
@@ -115,6 +116,18 @@ def test_nan_is_refused(tmp_path: Path) -> None:
     imatrix.write_dat(Imatrix({"t": entry}), tmp_path / "i.dat")
     with pytest.raises(BadFile, match="NaN"):
         imatrix.read(tmp_path / "i.dat")
+
+
+@pytest.mark.parametrize("key", ["imatrix.chunk_count", "imatrix.chunk_size"])
+def test_counts_that_are_no_numbers_are_refused(tmp_path: Path, key: str) -> None:
+    """A string as the number of chunks, or their size, is one clear error."""
+    f32 = types.get("f32")
+    keys = {"general.type": "imatrix", key: "many"}
+    names = [NewTensor("a.in_sum2", (4, 1), f32), NewTensor("a.counts", (1, 1), f32)]
+    head, n_bytes = encode_header(encode_metadata(keys), names)
+    (tmp_path / "i.gguf").write_bytes(head + bytes(n_bytes))
+    with pytest.raises(BadFile, match=f"{key} is 'many', no whole number"):
+        imatrix.read(tmp_path / "i.gguf")
 
 
 def test_problems_names_what_a_run_would_trip_over() -> None:

@@ -117,3 +117,12 @@ def test_folder_must_hold_one_model(tmp_path: Path) -> None:
         read_set(tmp_path)
     with pytest.raises(BadFile, match="is not a file"):
         read_set(tmp_path / "absent-00001-of-00002.gguf")
+
+
+@pytest.mark.parametrize("key", ["split.no", "split.count", "split.tensors.count"])
+@pytest.mark.parametrize("value", ["1", [1, 2], True, 1.5])
+def test_numbers_of_a_split_are_whole_numbers(tmp_path: Path, key: str, value: object) -> None:
+    """A string, an array, a truth value or a fraction in their place is named, with the file."""
+    paths = split(tmp_path, [["a"], ["b"]], **{key: value})
+    with pytest.raises(BadFile, match=rf"m-00001-of-00002.gguf: {key} is .*no whole number"):
+        read_set(paths[0])
