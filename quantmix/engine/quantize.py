@@ -223,7 +223,7 @@ def _check_imatrix(recipe: Recipe, matrix: imatrices.Imatrix | None) -> list[str
     engine = model_engine(recipe)
     planned = [(t.name, t.shape, types.get(t.type, engine)) for t in recipe.tensors]
     if matrix is None:
-        problems = imatrices.problems(imatrices.Imatrix({}), planned)
+        problems = imatrices.problems(imatrices.Imatrix({}), planned, engine)
         if problems:
             raise UsageError(
                 f"this recipe needs an imatrix ({problems[0]}; {len(problems)} such tensors): "
@@ -231,13 +231,13 @@ def _check_imatrix(recipe: Recipe, matrix: imatrices.Imatrix | None) -> list[str
             )
         return []
     named = {name for name, _, kind in planned if kind.is_quantized}
-    known = {name for name in named if imatrices.lookup(matrix, name)}
+    known = {name for name in named if imatrices.lookup(matrix, name, engine)}
     if named and len(known) * 2 < len(named):
         raise BadFile(
             f"{matrix.source} has entries for {len(known)} of {len(named)} tensors: it belongs to "
             "another model"
         )
-    problems = imatrices.problems(matrix, planned)
+    problems = imatrices.problems(matrix, planned, engine)
     if problems:
         raise BadFile(
             f"{matrix.source} does not serve this recipe: {problems[0]}, and "

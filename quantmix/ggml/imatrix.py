@@ -239,16 +239,19 @@ def _finite(entries: dict[str, Entry], file: Path) -> dict[str, Entry]:
 
 
 def problems(
-    imatrix: Imatrix, tensors: Iterable[tuple[str, tuple[int, ...], types.GgmlType]]
+    imatrix: Imatrix,
+    tensors: Iterable[tuple[str, tuple[int, ...], types.GgmlType]],
+    engine: types.Engine = "ik",
 ) -> list[str]:
     """Return what is wrong with `imatrix` for writing tensors (name, shape, type), one line each.
 
-    A type that requires data must have an entry of the right shape, by the engine's own name or
-    one it falls back to (ik: gate↔up, attn_v_b↔attn_kv_b); any entry that is used must fit.
+    A type that requires data must have an entry of the right shape, by its own name or one that
+    the engine falls back to (ik: gate↔up, attn_v_b↔attn_kv_b; mainline: none); any entry that is
+    used must fit.
     """
     found = []
     for name, shape, kind in tensors:
-        entry = lookup(imatrix, name)
+        entry = lookup(imatrix, name, engine)
         needs = kind.imatrix in ("required", "asserted")
         if entry is None:
             exempt = name in ("token_embd.weight", "output.weight") and kind.imatrix != "asserted"
@@ -260,11 +263,13 @@ def problems(
     return found
 
 
-def lookup(imatrix: Imatrix, name: str) -> Entry | None:
-    """Return the entry that ik uses for a tensor, its name fallbacks included
-    (ik_llama.cpp src/llama-quantize.cpp, imatrix lookup).
+def lookup(imatrix: Imatrix, name: str, engine: types.Engine = "ik") -> Entry | None:
+    """Return the entry that an engine uses for a tensor, None when it finds none.
+
+    ik has name fallbacks (ik_llama.cpp src/llama-quantize.cpp, imatrix lookup), mainline looks up
+    the tensor's own name alone (llama.cpp src/llama-quant.cpp).
     """
-    for candidate in _aliases(name):
+    for candidate in _aliases(name) if engine == "ik" else (name,):
         if candidate in imatrix.entries:
             return imatrix.entries[candidate]
     return None

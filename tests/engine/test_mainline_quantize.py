@@ -12,8 +12,8 @@ from quantmix.engine import mainline_quantize
 from quantmix.engine.mainline_find import Mainline
 from quantmix.engine.quantize import preflight, quantize
 from quantmix.engine.weights import open_weights
-from quantmix.errors import EngineMissing
-from quantmix.ggml import types
+from quantmix.errors import BadFile, EngineMissing
+from quantmix.ggml import imatrix, types
 from quantmix.recipe import EngineInfo, Recipe
 
 
@@ -53,6 +53,20 @@ def test_recipe_is_written_through_the_library(
     assert open_weights(done.path).types() == {t.name: t.type for t in recipe.tensors}
     assert done.tensor_bytes == recipe.size.tensor_bytes
     assert len(seen) == len(recipe.tensors)
+
+
+@pytest.mark.engine
+def test_an_entry_of_another_tensor_does_not_serve(
+    tiny: Path, tiny_imatrix: Path, mainline: Mainline, no_program: None, tmp_path: Path
+) -> None:
+    """Without entries of its gates a matrix is refused before the run; mainline borrows none."""
+    mix = mix_of(open_weights(tiny), lambda role, _: "iq2_xs" if role == "ffn_gate" else "q8_0")
+    made = replace(recipe_of(tiny, mix), engine=EngineInfo("mainline", "test", "IQ2_XS"))
+    whole = imatrix.read(tiny_imatrix)
+    kept = {n: e for n, e in whole.entries.items() if "ffn_gate" not in n}
+    imatrix.write(replace(whole, entries=kept), tmp_path / "i.gguf")
+    with pytest.raises(BadFile, match=r"ffn_gate\.weight as iq2_xs needs an entry"):
+        preflight(made, tiny, tmp_path / "out.gguf", imatrix=tmp_path / "i.gguf")
 
 
 @pytest.mark.engine

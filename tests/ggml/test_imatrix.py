@@ -144,6 +144,20 @@ def test_problems_names_what_a_run_would_trip_over() -> None:
     assert "needs 512" in unfit
 
 
+def test_mainline_borrows_nothing() -> None:
+    """mainline looks up a tensor's own name alone (src/llama-quant.cpp), so gate lacks its data."""
+    entry = Entry(np.ones((1, 256), np.float32), np.ones(1, np.float32))
+    matrix = Imatrix({"blk.0.ffn_up.weight": entry})
+    gate = "blk.0.ffn_gate.weight"
+    assert imatrix.lookup(matrix, gate, "mainline") is None
+    assert imatrix.lookup(matrix, "blk.0.ffn_up.weight", "mainline") is entry
+    planned = [(gate, (256, 8), types.get("iq2_xs", "mainline"))]
+    assert imatrix.problems(matrix, planned, "ik") == []
+    assert imatrix.problems(matrix, planned, "mainline") == [
+        f"{gate} as iq2_xs needs an entry and has none"
+    ]
+
+
 def test_gate_borrows_from_up_as_in_ik() -> None:
     """ik looks up ffn_up for ffn_gate, kv_b for v_b, and nothing for k_b."""
     entry = Entry(np.ones((1, 4), np.float32), np.ones(1, np.float32))
