@@ -19,6 +19,7 @@ from quantmix.engine.ghost import CheckResult, DryCheck, dry_run, static_problem
 from quantmix.errors import CheckFailed, UsageError
 from quantmix.files import write_text
 from quantmix.loss.model import LossModel
+from quantmix.models import trained
 from quantmix.models.model import Model
 from quantmix.palette import TypeLimits
 from quantmix.recipe import Recipe
@@ -174,7 +175,13 @@ def fulfil(
         folder=written.folder,
         seconds=time.perf_counter() - started,
         solve_seconds=solved,
-        notes=(*notes, *more, *_profile_note(request, model, found), *written.notes),
+        notes=(
+            *notes,
+            *more,
+            *trained.notes(model),
+            *_profile_note(request, model, found),
+            *written.notes,
+        ),
     )
 
 

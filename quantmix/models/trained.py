@@ -51,12 +51,20 @@ def mark(model: Model, exact: Mapping[str, str]) -> Model:
         replace(t, exact_type=exact[t.role]) if t.quantizable and t.role in exact else t
         for t in model.tensors
     )
-    names = ", ".join(sorted({q for r, q in exact.items()}))
-    note = (
-        f"{', '.join(sorted(exact))} were trained in 4 bits: {names} made with an importance "
-        "matrix holds them as they are, larger types only take more room"
+    marked = replace(model, tensors=tensors)
+    return replace(marked, notes=(*model.notes, *notes(marked)))
+
+
+def notes(model: Model) -> tuple[str, ...]:
+    """Return what a design should say of weights that a smaller type holds as they are."""
+    exact = {t.role: t.exact_type for t in model.tensors if t.exact_type not in ("", t.source_type)}
+    if not exact:
+        return ()
+    return (
+        f"{', '.join(sorted(exact))} were trained in 4 bits: "
+        f"{', '.join(sorted(set(exact.values())))} made with an importance matrix holds them as "
+        "they are, larger types only take more room",
     )
-    return replace(model, tensors=tensors, notes=(*model.notes, note))
 
 
 def expert_roles(model: Model, exact_type: str) -> dict[str, str]:
