@@ -17,19 +17,19 @@ custom=$(cat <<'RULES'
 ^blk\.([0-8]|5[89]|60)\.attn_k_b\.weight$=q5_0
 ^blk\.(9|[1-4][0-9]|5[0-7])\.attn_k_b\.weight$=q6_0
 ^blk\.[0-4]\.attn_kv_a_mqa\.weight$=iq5_k
-^blk\.5\.attn_kv_a_mqa\.weight$=q6_K
-^blk\.([6-9]|[1-5][0-9]|60)\.attn_kv_a_mqa\.weight$=iq6_k
+^blk\.([7-9]|[1-5][0-9]|60)\.attn_kv_a_mqa\.weight$=iq6_k
+^blk\.[56]\.attn_kv_a_mqa\.weight$=q6_K
 ^blk\.[01]\.attn_output\.weight$=iq3_kt
-^blk\.(1[4-9]|2[0-6]|4[0-9]|5[0-2])\.attn_output\.weight$=iq4_ks
-^blk\.(2[7-9]|3[0-9])\.attn_output\.weight$=iq4_k
+^blk\.(1[4-9]|2[0-7]|39|4[0-9]|5[0-2])\.attn_output\.weight$=iq4_ks
+^blk\.(2[89]|3[0-8])\.attn_output\.weight$=iq4_k
 ^blk\.([4-9]|1[0-3]|5[3-9]|60)\.attn_output\.weight$=iq4_kt
 ^blk\.[23]\.attn_output\.weight$=iq3_k
 ^blk\.[01]\.attn_q_a\.weight$=iq4_k
-^blk\.(1[5-9]|[2-4][0-9]|5[01])\.attn_q_a\.weight$=iq5_k
-^blk\.([2-9]|1[0-4]|5[2-9]|60)\.attn_q_a\.weight$=iq5_ks
+^blk\.(1[6-9]|[2-4][0-9]|5[01])\.attn_q_a\.weight$=iq5_k
+^blk\.([2-9]|1[0-5]|5[2-9]|60)\.attn_q_a\.weight$=iq5_ks
 ^blk\.[0-5]\.attn_q_b\.weight$=iq4_kt
-^blk\.(1[2-9]|2[0-2]|4[4-9]|5[0-5])\.attn_q_b\.weight$=iq4_k
-^blk\.(2[3-9]|3[0-9]|4[0-3])\.attn_q_b\.weight$=iq5_ks
+^blk\.(1[2-9]|2[0-2]|4[5-9]|5[0-5])\.attn_q_b\.weight$=iq4_k
+^blk\.(2[3-9]|3[0-9]|4[0-4])\.attn_q_b\.weight$=iq5_ks
 ^blk\.([6-9]|1[01]|5[6-9]|60)\.attn_q_b\.weight$=iq4_ks
 ^blk\.[0-5]\.attn_v_b\.weight$=iq5_ks
 ^blk\.(2[89]|3[0-9])\.attn_v_b\.weight$=iq6_k
@@ -41,10 +41,10 @@ custom=$(cat <<'RULES'
 
 # Shared experts
 ^blk\.60\.ffn_(down|gate|up)_shexp\.weight$=q8_0
-^blk\.(2[1-9]|[3-5][0-9])\.ffn_(gate|up)_shexp\.weight$=iq5_k
-^blk\.([3-9]|1[0-9]|20)\.ffn_(gate|up)_shexp\.weight$=iq5_ks
-^blk\.(1[4-9]|[2-5][0-9])\.ffn_down_shexp\.weight$=iq5_k
-^blk\.([3-9]|1[0-3])\.ffn_down_shexp\.weight$=iq5_ks
+^blk\.(1[7-9]|[2-5][0-9])\.ffn_(gate|up)_shexp\.weight$=iq5_k
+^blk\.([3-9]|1[0-6])\.ffn_(gate|up)_shexp\.weight$=iq5_ks
+^blk\.(1[3-9]|[2-5][0-9])\.ffn_down_shexp\.weight$=iq5_k
+^blk\.([3-9]|1[0-2])\.ffn_down_shexp\.weight$=iq5_ks
 
 # Routed experts
 ^blk\.(1[89]|2[0-9]|3[0-7])\.ffn_(gate|up)_exps\.weight$=iq2_kt
@@ -52,8 +52,8 @@ custom=$(cat <<'RULES'
 ^blk\.(3[89]|[45][0-9]|60)\.ffn_(gate|up)_exps\.weight$=iq2_kl
 ^blk\.(1[5-9]|2[0-9]|30)\.ffn_down_exps\.weight$=iq2_kt
 ^blk\.([3-9]|1[0-4])\.ffn_down_exps\.weight$=iq1_kt
-^blk\.3[1-8]\.ffn_down_exps\.weight$=iq2_kl
-^blk\.(39|[45][0-9]|60)\.ffn_down_exps\.weight$=iq3_kt
+^blk\.(3[1-7]|60)\.ffn_down_exps\.weight$=iq2_kl
+^blk\.(3[89]|[45][0-9])\.ffn_down_exps\.weight$=iq3_kt
 
 # Token embedding and output
 ^output\.weight$=iq6_k

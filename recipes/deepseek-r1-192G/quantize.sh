@@ -18,40 +18,39 @@ custom=$(cat <<'RULES'
 ^blk\.([6-9]|[1-5][0-9]|60)\.attn_k_b\.weight$=q6_0
 ^blk\.[0-2]\.attn_kv_a_mqa\.weight$=iq5_k
 ^blk\.([3-9]|[1-5][0-9]|60)\.attn_kv_a_mqa\.weight$=iq6_k
-^blk\.([0-9]|5[7-9]|60)\.attn_output\.weight$=iq4_kt
-^blk\.(1[6-9]|[2-4][0-9]|5[01])\.attn_output\.weight$=iq4_k
-^blk\.(1[0-5]|5[2-6])\.attn_output\.weight$=iq4_ks
-^blk\.([0-9]|1[01]|5[5-9]|60)\.attn_q_a\.weight$=iq5_ks
-^blk\.(1[2-9]|[2-4][0-9]|5[0-4])\.attn_q_a\.weight$=iq5_k
-^blk\.[0-2]\.attn_q_b\.weight$=iq4_kt
-^blk\.(1[6-9]|[2-4][0-9]|50)\.attn_q_b\.weight$=iq5_ks
-^blk\.[3-5]\.attn_q_b\.weight$=iq4_ks
-^blk\.([6-9]|1[0-5]|5[1-9]|60)\.attn_q_b\.weight$=iq4_k
-^blk\.[0-2]\.attn_v_b\.weight$=iq5_ks
-^blk\.(2[1-9]|3[0-9]|4[0-6])\.attn_v_b\.weight$=iq6_k
-^blk\.([3-9]|1[0-6]|5[0-9]|60)\.attn_v_b\.weight$=iq5_k
-^blk\.([14][7-9]|20)\.attn_v_b\.weight$=q6_K
+^blk\.([0-9]|5[89]|60)\.attn_output\.weight$=iq4_kt
+^blk\.(1[5-9]|[2-4][0-9]|5[01])\.attn_output\.weight$=iq4_k
+^blk\.(1[0-4]|5[2-7])\.attn_output\.weight$=iq4_ks
+^blk\.([0-9]|[16]0|5[7-9])\.attn_q_a\.weight$=iq5_ks
+^blk\.(1[1-9]|[2-4][0-9]|5[0-6])\.attn_q_a\.weight$=iq5_k
+^blk\.[01]\.attn_q_b\.weight$=iq4_kt
+^blk\.(1[5-9]|[2-4][0-9]|5[01])\.attn_q_b\.weight$=iq5_ks
+^blk\.[2-4]\.attn_q_b\.weight$=iq4_ks
+^blk\.([5-9]|1[0-4]|5[2-9]|60)\.attn_q_b\.weight$=iq4_k
+^blk\.[01]\.attn_v_b\.weight$=iq5_ks
+^blk\.(1[7-9]|[2-4][0-9])\.attn_v_b\.weight$=iq6_k
+^blk\.([2-9]|1[0-6]|5[0-9]|60)\.attn_v_b\.weight$=iq5_k
 
 # Dense feed-forward
-^blk\.0\.ffn_(gate|up)\.weight$=iq3_kt
-^blk\.[12]\.ffn_(gate|up)\.weight$=iq3_k
-^blk\.[0-9]+\.ffn_down\.weight$=iq3_kt
+^blk\.2\.ffn_(down|gate|up)\.weight$=iq4_kt
+^blk\.[01]\.ffn_(gate|up)\.weight$=iq3_k
+^blk\.[01]\.ffn_down\.weight$=iq3_kt
 
 # Shared experts
 ^blk\.60\.ffn_(down|gate|up)_shexp\.weight$=q8_0
-^blk\.(2[235-9]|[34][0-9]|5[0-59])\.ffn_(gate|up)_shexp\.weight$=iq5_k
-^blk\.([3-9]|1[0-9]|2[014]|5[6-8])\.ffn_(gate|up)_shexp\.weight$=iq5_ks
-^blk\.(1[6-9]|[2-5][0-9])\.ffn_down_shexp\.weight$=iq5_k
-^blk\.([3-9]|1[0-5])\.ffn_down_shexp\.weight$=iq5_ks
+^blk\.[2-5][0-9]\.ffn_(gate|up)_shexp\.weight$=iq5_k
+^blk\.([3-9]|1[0-9])\.ffn_(gate|up)_shexp\.weight$=iq5_ks
+^blk\.(1[4-9]|[2-5][0-9])\.ffn_down_shexp\.weight$=iq5_k
+^blk\.([3-9]|1[0-3])\.ffn_down_shexp\.weight$=iq5_ks
 
 # Routed experts
-^blk\.(1[2-9]|[23][0-9]|5[5-9]|60)\.ffn_(gate|up)_exps\.weight$=iq2_kt
+^blk\.(1[2-9]|[23][0-9]|5[6-9]|60)\.ffn_(gate|up)_exps\.weight$=iq2_kt
 ^blk\.([3-9]|1[01])\.ffn_(gate|up)_exps\.weight$=iq1_kt
-^blk\.(4[0-9]|5[0-4])\.ffn_(gate|up)_exps\.weight$=iq2_kl
-^blk\.[3-8]\.ffn_down_exps\.weight$=iq1_kt
-^blk\.3[23]\.ffn_down_exps\.weight$=iq2_kl
-^blk\.(3[4-9]|[45][0-9]|60)\.ffn_down_exps\.weight$=iq3_kt
-^blk\.(9|[12][0-9]|3[01])\.ffn_down_exps\.weight$=iq2_kt
+^blk\.(4[0-9]|5[0-5])\.ffn_(gate|up)_exps\.weight$=iq2_kl
+^blk\.[3-9]\.ffn_down_exps\.weight$=iq1_kt
+^blk\.(3[2-4]|60)\.ffn_down_exps\.weight$=iq2_kl
+^blk\.(3[5-9]|[45][0-9])\.ffn_down_exps\.weight$=iq3_kt
+^blk\.([12][0-9]|3[01])\.ffn_down_exps\.weight$=iq2_kt
 
 # Token embedding and output
 ^output\.weight$=q6_K

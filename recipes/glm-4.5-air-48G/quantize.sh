@@ -15,10 +15,10 @@ THREADS=${THREADS:-$(nproc)}
 custom=$(cat <<'RULES'
 # Attention
 ^blk\.46\.attn_(k|output|q|v)\.weight$=q4_0
-^blk\.([0-9]|[12][0-9]|3[0-7])\.attn_k\.weight$=iq6_k
-^blk\.(3[89]|4[0-5])\.attn_k\.weight$=q8_0
-^blk\.([0-9]|[12][0-9]|3[0-8])\.attn_output\.weight$=iq5_ks
-^blk\.(39|4[0-5])\.attn_output\.weight$=iq5_k
+^blk\.([0-9]|[12][0-9]|3[0-6])\.attn_k\.weight$=iq6_k
+^blk\.(3[7-9]|4[0-5])\.attn_k\.weight$=q8_0
+^blk\.([0-9]|[1-3][0-9])\.attn_output\.weight$=iq5_ks
+^blk\.4[0-5]\.attn_output\.weight$=iq5_k
 ^blk\.([0-9]|1[0-4])\.attn_q\.weight$=iq4_k
 ^blk\.(1[5-9]|[23][0-9]|4[0-5])\.attn_q\.weight$=iq5_ks
 ^blk\.([0-9]|[12][0-9]|3[0-3])\.attn_v\.weight$=iq6_k
@@ -38,13 +38,13 @@ custom=$(cat <<'RULES'
 # Routed experts
 ^blk\.46\.ffn_(down|gate|up)_exps\.weight$=q4_0
 ^blk\.([1-9]|1[0-9]|2[0-5])\.ffn_(gate|up)_exps\.weight$=iq2_ks
-^blk\.(2[6-9]|3[0-3])\.ffn_(gate|up)_exps\.weight$=iq3_kt
-^blk\.(3[4-9]|40)\.ffn_(gate|up)_exps\.weight$=iq3_k
-^blk\.4[1-4]\.ffn_(gate|up)_exps\.weight$=iq4_kt
-^blk\.45\.ffn_(gate|up)_exps\.weight$=iq4_k
-^blk\.[1-5]\.ffn_down_exps\.weight$=iq1_m_r4
-^blk\.(3[4-9]|4[0-5])\.ffn_down_exps\.weight$=iq4_nl
-^blk\.([6-9]|[12][0-9]|3[0-3])\.ffn_down_exps\.weight$=mxfp4
+^blk\.(2[6-9]|3[0-4])\.ffn_(gate|up)_exps\.weight$=iq3_kt
+^blk\.(3[5-9]|4[01])\.ffn_(gate|up)_exps\.weight$=iq3_k
+^blk\.4[2-4]\.ffn_(gate|up)_exps\.weight$=iq4_kt
+^blk\.45\.ffn_(gate|up)_exps\.weight$=iq4_ks
+^blk\.[1-4]\.ffn_down_exps\.weight$=iq1_m_r4
+^blk\.(3[5-9]|4[0-5])\.ffn_down_exps\.weight$=iq4_nl
+^blk\.([5-9]|[12][0-9]|3[0-4])\.ffn_down_exps\.weight$=mxfp4
 
 # Multi-token prediction
 ^blk\.[0-9]+\.(nextn\.eh_proj|nextn\.embed_tokens|nextn\.shared_head_head)\.weight$=q4_0

@@ -15,14 +15,16 @@ THREADS=${THREADS:-$(nproc)}
 custom=$(cat <<'RULES'
 # Attention
 ^blk\.[0-9]+\.attn_k_b\.weight$=q6_0
-^blk\.[01]\.attn_kv_a_mqa\.weight$=iq5_k
-^blk\.([2-9]|[1-5][0-9]|60)\.attn_kv_a_mqa\.weight$=iq6_k
-^blk\.[0-2]\.attn_output\.weight$=iq4_ks
+^blk\.0\.attn_kv_a_mqa\.weight$=iq5_k
+^blk\.([1-9]|[1-5][0-9]|60)\.attn_kv_a_mqa\.weight$=iq6_k
+^blk\.[01]\.attn_output\.weight$=iq4_ks
+^blk\.2\.attn_output\.weight$=iq5_k
 ^blk\.([3-8]|59|60)\.attn_output\.weight$=iq4_k
 ^blk\.(9|[1-4][0-9]|5[0-8])\.attn_output\.weight$=iq5_ks
 ^blk\.([0-8]|59|60)\.attn_q_a\.weight$=iq5_ks
-^blk\.(2[2-9]|3[0-9]|4[0-4])\.attn_q_a\.weight$=q6_K
+^blk\.(2[2-8]|3[89]|4[0-4])\.attn_q_a\.weight$=q6_K
 ^blk\.(9|1[0-9]|2[01]|4[5-9]|5[0-8])\.attn_q_a\.weight$=iq5_k
+^blk\.(29|3[0-7])\.attn_q_a\.weight$=iq6_k
 ^blk\.[01]\.attn_q_b\.weight$=iq4_k
 ^blk\.(1[6-9]|[2-4][0-9]|50)\.attn_q_b\.weight$=iq5_k
 ^blk\.([2-9]|1[0-5]|5[1-9]|60)\.attn_q_b\.weight$=iq5_ks
@@ -35,21 +37,20 @@ custom=$(cat <<'RULES'
 
 # Shared experts
 ^blk\.60\.ffn_(down|gate|up)_shexp\.weight$=q8_0
-^blk\.(1[1-9]|[2-5][0-9])\.ffn_(gate|up)_shexp\.weight$=iq5_k
-^blk\.([1-9]|10)\.ffn_(gate|up)_shexp\.weight$=iq5_ks
-^blk\.[1-6]\.ffn_down_shexp\.weight$=iq5_ks
-^blk\.([7-9]|[1-5][0-9])\.ffn_down_shexp\.weight$=iq5_k
+^blk\.(1[2-9]|[2-5][0-9])\.ffn_(gate|up)_shexp\.weight$=iq5_k
+^blk\.([1-9]|1[01])\.ffn_(gate|up)_shexp\.weight$=iq5_ks
+^blk\.[1-7]\.ffn_down_shexp\.weight$=iq5_ks
+^blk\.([89]|[1-5][0-9])\.ffn_down_shexp\.weight$=iq5_k
 
 # Routed experts
-^blk\.([1-9]|1[0-2])\.ffn_(gate|up)_exps\.weight$=iq1_kt
-^blk\.(1[3-9]|[2-5][0-9]|60)\.ffn_(gate|up)_exps\.weight$=iq2_kt
-^blk\.([1-9]|10)\.ffn_down_exps\.weight$=iq1_kt
-^blk\.3[89]\.ffn_down_exps\.weight$=iq2_kl
-^blk\.([14][1-9]|[25][0-9]|3[0-7]|60)\.ffn_down_exps\.weight$=iq2_kt
-^blk\.40\.ffn_down_exps\.weight$=iq3_kt
+^blk\.([1-9]|1[0-3])\.ffn_(gate|up)_exps\.weight$=iq1_kt
+^blk\.(1[4-9]|[2-5][0-9]|60)\.ffn_(gate|up)_exps\.weight$=iq2_kt
+^blk\.([1-9]|1[01])\.ffn_down_exps\.weight$=iq1_kt
+^blk\.(1[2-9]|[25][0-9]|3[0-8]|4[1-79]|60)\.ffn_down_exps\.weight$=iq2_kt
+^blk\.(39|4[08])\.ffn_down_exps\.weight$=iq3_kt
 
 # Token embedding and output
-^output\.weight$=iq5_k
+^output\.weight$=q6_K
 ^token_embd\.weight$=q8_0
 RULES
 )

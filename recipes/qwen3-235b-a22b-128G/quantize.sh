@@ -14,13 +14,11 @@ THREADS=${THREADS:-$(nproc)}
 
 custom=$(cat <<'RULES'
 # Attention
-^blk\.1\.attn_k\.weight$=iq6_k
-^blk\.([02-9]|[1-8][0-9]|9[0-3])\.attn_k\.weight$=q8_0
+^blk\.[0-9]+\.attn_(k|v)\.weight$=q8_0
 ^blk\.[0-9]+\.attn_output\.weight$=iq6_k
-^blk\.([0-9]|1[0-6])\.attn_q\.weight$=q6_K
-^blk\.(1[89]|[2-8][0-9]|9[0-3])\.attn_q\.weight$=iq6_k
-^blk\.17\.attn_q\.weight$=iq5_k
-^blk\.[0-9]+\.attn_v\.weight$=q8_0
+^blk\.[01]\.attn_q\.weight$=iq5_k
+^blk\.2\.attn_q\.weight$=q6_K
+^blk\.([3-9]|[1-8][0-9]|9[0-3])\.attn_q\.weight$=iq6_k
 
 # Routed experts
 ^blk\.([0-9]|[1-3][0-9]|4[0-6])\.ffn_(gate|up)_exps\.weight$=iq4_kt

@@ -15,10 +15,10 @@ THREADS=${THREADS:-$(nproc)}
 custom=$(cat <<'RULES'
 # Attention
 ^blk\.[0-9]+\.attn_k\.weight$=iq6_k
-^blk\.([0-9]|[1-68][0-9]|7[0147-9]|9[0-3])\.attn_output\.weight$=iq5_ks
-^blk\.7[2356]\.attn_output\.weight$=iq5_k
-^blk\.([0-9]|1[0-8])\.attn_q\.weight$=iq4_k
-^blk\.(19|[2-8][0-9]|9[0-3])\.attn_q\.weight$=iq5_ks
+^blk\.([0-9]|[1-8][0-9]|9[0-2])\.attn_output\.weight$=iq5_ks
+^blk\.93\.attn_output\.weight$=iq5_k
+^blk\.([0-9]|1[0-6]|20)\.attn_q\.weight$=iq4_k
+^blk\.(1[7-9]|2[1-9]|[3-8][0-9]|9[0-3])\.attn_q\.weight$=iq5_ks
 ^blk\.([0-9]|[1-8][0-9]|9[0-2])\.attn_v\.weight$=iq6_k
 ^blk\.93\.attn_v\.weight$=q8_0
 
