@@ -176,6 +176,7 @@ class _Run:
         payload["stage"] += f".{self.token}"
         payload["stage_in_out"] += f".{self.token}"
         payload["measured"] = self._measured(item)
+        payload["made"] = self.batch.state.made(item.name)
         asked = {"memory": float(_STEP_MEMORY_BYTES), "disk": float(need)}
         resources = {k: v for k, v in {**asked, **payload["asked_resources"]}.items() if v}
         try:

@@ -211,6 +211,14 @@ class State:
         """Return all (recipe, step, key, what), oldest first."""
         return self._all("SELECT recipe, step, key, what FROM event ORDER BY id")
 
+    def made(self, recipe: str) -> list[str]:
+        """Return the steps that this batch ever finished for a recipe."""
+        rows = self._all(
+            "SELECT DISTINCT step FROM event WHERE recipe = ? AND what = 'finished' ORDER BY step",
+            recipe,
+        )
+        return [step for (step,) in rows]
+
     def pace(self, step: str) -> list[tuple[float, str]]:
         """Return (seconds, recipe) of all finished steps of a kind."""
         return self._all(

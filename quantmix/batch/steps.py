@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from quantmix.batch import flags, identity
 from quantmix.batch.state import FOLDER
+from quantmix.emit.folder import OURS, kept_note, next_earlier, outdated_files
 from quantmix.errors import (
     CheckFailed,
     InfeasibleBudget,
@@ -35,6 +38,8 @@ T = TypeVar("T")
 Emit = Callable[[dict[str, Any]], None]
 
 _CACHED: Final = 4  # models kept loaded
+_MADE: Final = {"quantize": "{}.gguf", "verify": "verify.json", "report": "report.html"}
+"""Step → the file that it adds to the folder of a recipe of this name."""
 _LASTING: Final = (InfeasibleBudget, CheckFailed, UnknownName)
 """Failures that depend on a step's inputs alone: the same inputs fail again."""
 
@@ -169,7 +174,7 @@ def design(order: _Order) -> Made:
     )
     recipe = answer.recipe
     document = json.loads(json.dumps(recipe.to_json(), allow_nan=False))
-    carried = _carry_over(order, recipe, document)
+    carried, notes = _carry_over(order, recipe, document)
     quality = recipe.quality
     result = {
         "recipe": identity.of_recipe(document),
@@ -183,37 +188,72 @@ def design(order: _Order) -> Made:
         "ppl_low": quality.ppl_low,
         "ppl_high": quality.ppl_high,
         "gap": recipe.optimality.gap,
-        "notes": list(answer.notes),
+        "notes": [*answer.notes, *notes],
     }
     return Made(result, ((order.name, order.name),), carried)
 
 
-def _carry_over(order: _Order, recipe: Recipe, document: Mapping[str, Any]) -> frozenset[str]:
-    """Link into the new folder what an older one holds and what is still true of the new one.
+def _carry_over(
+    order: _Order, recipe: Recipe, document: Mapping[str, Any]
+) -> tuple[frozenset[str], tuple[str, ...]]:
+    """Link into the new folder what an older one holds of others and what is still true of it.
 
-    The same recipe: everything, its check and date too. The same mix: the quantized file.
+    The same recipe: everything, its check and date too. The same mix: the quantized file. Files
+    that batch did not make always; a GGUF among them that does not fit the new mix moves into
+    `earlier-N` with its recipe. Return the files, relative to the stage, and notes.
     """
-    old = order.folder
+    old, new = order.folder, order.stage / order.name
+    if not old.is_dir():
+        return frozenset(), ()
+    made = {_MADE[step].format(order.name) for step in order.payload["made"] if step in _MADE}
+    before, same_mix = _before(old, document)
+    if before is not None:
+        kept = replace(recipe, created=before["created"], check=before.get("check"))
+        _rewrite_texts(kept, order.stage / "texts", new)
+    outdated = outdated_files(recipe, old) - made
+    earlier = next_earlier(old).name
+    for path in sorted(old.iterdir()):
+        target = (new / earlier if path.name in outdated else new) / path.name
+        if target.exists():
+            continue
+        if path.name not in OURS | made:
+            _link(path, target)
+        elif before is not None or (same_mix and path.suffix == ".gguf"):
+            with suppress(OSError):  # a file system without links: the step that made it runs again
+                os.link(path, target)
+    for name in OURS if outdated else ():
+        if (old / name).exists():
+            _link(old / name, new / earlier / name)
+    carried = {str(p.relative_to(order.stage)) for p in new.rglob("*")} - {
+        f"{order.name}/{name}" for name in OURS
+    }
+    return frozenset(carried), (kept_note(old / earlier, outdated),) if outdated else ()
+
+
+def _before(old: Path, document: Mapping[str, Any]) -> tuple[Mapping[str, Any] | None, bool]:
+    """Return the document in a folder when it says the same, and whether its mix is the same."""
     try:
         before = json.loads((old / "recipe.json").read_text(encoding="utf-8"))
         same_recipe = identity.of_recipe(before) == identity.of_recipe(document)
-        same_mix = identity.of_mix(before) == identity.of_mix(document)
+        return before if same_recipe else None, identity.of_mix(before) == identity.of_mix(document)
     except (OSError, ValueError, KeyError, TypeError):
-        return frozenset()
-    new = order.stage / order.name
-    if same_recipe:
-        kept = replace(recipe, created=before["created"], check=before.get("check"))
-        _rewrite_texts(kept, order.stage / "texts", new)
-    carried = set()
-    for path in sorted(old.iterdir()):
-        wanted = same_recipe or (same_mix and path.suffix == ".gguf")
-        if wanted and path.is_file() and not (new / path.name).exists():
-            try:
-                os.link(path, new / path.name)
-            except OSError:  # a file system without links: the step that made it runs again
-                continue
-            carried.add(f"{order.name}/{path.name}")
-    return frozenset(carried)
+        return None, False
+
+
+def _link(path: Path, target: Path) -> None:
+    """Put a file or folder at `target` too, without copying where the file system has links."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir() and not path.is_symlink():
+        shutil.copytree(path, target, symlinks=True, copy_function=_link_file)
+    else:
+        _link_file(path, target)
+
+
+def _link_file(path: str | Path, target: str | Path) -> None:
+    try:
+        os.link(path, target, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(path, target, follow_symlinks=False)
 
 
 def _rewrite_texts(recipe: Recipe, scratch: Path, folder: Path) -> None:
@@ -358,6 +398,8 @@ def _files(stage: Path, moves: tuple[tuple[str, str], ...]) -> list[tuple[Path, 
 def _sync(stage: Path) -> None:
     """Make everything in the stage durable: files, then folders."""
     for path in sorted(stage.rglob("*"), reverse=True):
+        if path.is_symlink():
+            continue
         handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)

@@ -53,7 +53,7 @@ def write_folder(recipe: Recipe, folder: str | Path, *, figures: bool = True) ->
         if figures:
             _write_figures(recipe, fresh)
         fresh.chmod(0o755)
-        outdated = _outdated(recipe, place)
+        outdated = outdated_files(recipe, place)
         old = _swap(fresh, place)
     except OSError as err:
         raise UsageError(f"cannot write {target}: {err.strerror}") from err
@@ -66,7 +66,7 @@ def write_folder(recipe: Recipe, folder: str | Path, *, figures: bool = True) ->
             f"{target} is written, but files of the earlier folder are still in {old}: "
             f"{err.filename}: {err.strerror}"
         ) from err
-    return Written(target, _notes(target, kept, outdated))
+    return Written(target, (kept_note(target / kept.name, outdated),) if kept else ())
 
 
 def _document(recipe: Recipe) -> str:
@@ -84,7 +84,9 @@ _TEXTS: Final[Mapping[str, Callable[[Recipe], str]]] = {
 }
 _MEMORY: Final = "memory.png"
 _TYPES: Final = "types.png"
-_OURS: Final = frozenset({*_TEXTS, _MEMORY, _TYPES})
+OURS: Final = frozenset({*_TEXTS, _MEMORY, _TYPES})
+"""What `write_folder` writes, and therefore replaces."""
+
 _OF_DEVICES: Final = frozenset({"serve.sh", _MEMORY})  # only where the budget names devices
 _OF_WEIGHTS: Final = frozenset({"verify.json", "report.html"})
 """What other commands write about the quantized file: it stays with that file."""
@@ -111,7 +113,7 @@ def _write_figures(recipe: Recipe, folder: Path) -> None:
     figures.save(figures.types_figure(recipe), folder / _TYPES)
 
 
-def _outdated(recipe: Recipe, place: Path) -> frozenset[str]:
+def outdated_files(recipe: Recipe, place: Path) -> frozenset[str]:
     """Return the GGUF files that the recipe now in `place` promises and `recipe` does not."""
     from quantmix.recipe import load
 
@@ -170,23 +172,23 @@ def _bring_back(old: Path, place: Path, outdated: Set[str]) -> Path | None:
 
     What is ours is removed, or goes with that GGUF.
     """
-    stay = _OURS | outdated | (_OF_WEIGHTS if outdated else frozenset())
+    stay = OURS | outdated | (_OF_WEIGHTS if outdated else frozenset())
     for entry in sorted(old.iterdir()):
         if entry.name not in stay:
             entry.rename(place / entry.name)
     kept = None
     if outdated:
-        kept = _unused(place)
+        kept = next_earlier(place)
         old.rename(kept)
     else:
-        for name in _OURS:
+        for name in OURS:
             (old / name).unlink(missing_ok=True)
         old.rmdir()
     old.parent.rmdir()
     return kept
 
 
-def _unused(place: Path) -> Path:
+def next_earlier(place: Path) -> Path:
     """Return the first `earlier-N` that is not there yet."""
     n = 1
     while (place / f"earlier-{n}").exists():
@@ -194,12 +196,11 @@ def _unused(place: Path) -> Path:
     return place / f"earlier-{n}"
 
 
-def _notes(target: Path, kept: Path | None, outdated: Set[str]) -> tuple[str, ...]:
-    if kept is None:
-        return ()
+def kept_note(kept: Path, outdated: Set[str]) -> str:
+    """Return the line that tells where files of an earlier recipe are kept, and why."""
     names = sorted(outdated)
     some = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
     return (
-        f"{target / kept.name} keeps the earlier recipe and the file it made, which does not fit "
-        f"the new one: {some}",
+        f"{kept} keeps the earlier recipe and the file it made, which does not fit "
+        f"the new one: {some}"
     )

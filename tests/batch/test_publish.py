@@ -15,7 +15,13 @@ from quantmix.batch.pipeline import load
 from quantmix.batch.publish import STAGE, publish, recover, require_free_name
 from quantmix.batch.run import open_batch, run
 from quantmix.batch.state import Intent, State
+from quantmix.engine.quantize import compare
+from quantmix.engine.weights import open_weights
 from quantmix.errors import UsageError
+from quantmix.ggml.types import get
+from quantmix.ggml.writer import NewTensor, encode_header, encode_metadata, write_sparse
+from quantmix.recipe import load as load_recipe
+from quantmix.verify import find_target
 
 
 def staged(out: Path, text: str) -> Intent:
@@ -134,9 +140,9 @@ def test_a_folder_that_cannot_be_replaced_stays(
 class Blocking:
     """A watcher that puts a file in the place of the first recipe while it is designed."""
 
-    def __init__(self, out: Path) -> None:
+    def __init__(self, out: Path, blocked: str = "") -> None:
         self.out = out
-        self.blocked = ""
+        self.blocked = blocked
 
     def started(self, item: Item, step: str) -> None:
         """Block the first."""
@@ -177,6 +183,45 @@ def test_a_run_goes_on_when_an_output_cannot_be_moved(tmp_path: Path) -> None:
     assert second == "ran"
     (tmp_path / "recipes" / watcher.blocked).unlink()
     assert go() == ["ran", "done"]
+
+
+def test_a_design_made_again_keeps_what_others_put_there(tmp_path: Path) -> None:
+    """Files and folders of others stay; a GGUF that batch did not make is set aside."""
+    text = '[[job]]\nmodel = "qwen3-0.6b"\nbudgets = ["--size {} --name mine"]\nsteps = ["design"]'
+    place = tmp_path / "recipes" / "mine"
+
+    def go(size: str) -> tuple[str, list[str]]:
+        (tmp_path / "p.toml").write_text(text.format(size))
+        with open_batch(load(tmp_path / "p.toml")) as batch:
+            (ended,) = run(
+                *(batch, lambda: LocalExecutor(tmp_path, 1), Blocking(tmp_path, "nobody")),
+                keep="all",
+                disk_bytes=None,
+            )
+        return ended.steps[0].what, ended.results["design"]["notes"]
+
+    go("4.5bpw")
+    before = load_recipe(place)
+    planned = [NewTensor(t.name, t.shape, get(t.type)) for t in before.tensors]
+    kv = encode_metadata({"general.architecture": "qwen3"})
+    write_sparse(place / "mine.gguf", *encode_header(kv, planned))
+    (place / "own").mkdir()
+    (place / "own" / "notes.txt").write_text("mine")
+    (place / "imatrix.dat").write_text("mine too")
+    what, notes = go("3.5bpw")
+    assert what == "ran"
+    assert any("earlier-1" in note and "mine.gguf" in note for note in notes)
+    assert load_recipe(place).size != before.size
+    assert (place / "own" / "notes.txt").read_text() == "mine"
+    assert (place / "imatrix.dat").read_text() == "mine too"
+    assert not (place / "mine.gguf").exists()
+    kept = find_target(place / "earlier-1")
+    assert kept.recipe is not None
+    assert kept.recipe.to_json() == before.to_json()
+    compare(kept.recipe, open_weights(kept.file))
+    assert go("3.5bpw")[0] == "done"
+    go("4bpw")
+    assert (place / "earlier-1" / "mine.gguf").exists()
 
 
 def test_folders_of_others_are_not_replaced(tmp_path: Path) -> None:
