@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from quantmix.emit.flags import is_movable
 from quantmix.emit.simulate import Homes, default_home
 from quantmix.errors import UsageError
+from quantmix.memory.head import EMBEDDING, is_tied, multiplied_at
 from quantmix.memory.model import HOST, DeviceMemory, Placement
 from quantmix.models.model import Model
 from quantmix.palette import Palette
@@ -110,12 +111,13 @@ def build_choices(
         UsageError: a tensor has no type that its device can run.
     """
     homes = tensor_homes(model, placement)
+    head = placement.output_device
     ties = _TIED if tie_dense else _TIED_EXPERTS
     if movable:
-        groups = _groups(model, palette, homes, placement.cpu_experts, ties)
+        groups = _groups(model, palette, homes, head, placement.cpu_experts, ties)
     else:
         homes[in_ram(model, placement)] = HOST
-        groups = _groups(model, palette, homes, frozenset(), ties)
+        groups = _groups(model, palette, homes, head, frozenset(), ties)
     width = max(len(g.homes) for g in groups)
     n_devices = len(memory)
     shape = (len(groups), width)
@@ -133,15 +135,16 @@ def build_choices(
             kept = palette.kept_bytes[member]
             columns = group.columns[:, part]
             n_bytes = np.full(n, kept) if kept else palette.bytes[member, columns]
+            tensor = model.tensors[member]
+            readers = multiplied_at(model, tensor, group.homes, np.full(n, head))
             if not kept:
                 rows_damage += palette.damage[member, columns]
-                rows_time += seconds[group.homes, member, columns]
+                rows_time += seconds[readers, member, columns]
             elif kept_seconds is not None:
-                rows_time += kept_seconds[group.homes, member]
-            tensor = model.tensors[member]
+                rows_time += kept_seconds[readers, member]
             if tensor.loaded:
                 use[group.homes, g, options] += n_bytes
-                if tensor.role == "token_embd":
+                if tensor.name == EMBEDDING:
                     for d in doubled:
                         use[d, g, options] += n_bytes
             if tensor.role in _EXPERTS:
@@ -211,10 +214,14 @@ def _groups(
     model: Model,
     palette: Palette,
     homes: NDArray[np.int64],
+    head: int,
     movable_layers: frozenset[int],
     ties: Mapping[str, str],
 ) -> list[Group]:
-    """Split the tensors into groups: tied pairs, and whole expert layers where they may move."""
+    """Split the tensors into groups: tied pairs, and whole expert layers where they may move.
+
+    `homes` are where tensors lie, `head` is where the output is multiplied.
+    """
     by_place = {(t.layer, t.role): i for i, t in enumerate(model.tensors)}
     roles = movable_roles(model)
     done: set[int] = set()
@@ -228,7 +235,7 @@ def _groups(
         else:
             partner = _partner(by_place, t.layer, t.role, ties)
             members = [i] if partner is None else [i, partner]
-            group = _fixed_group(model, palette, members, int(homes[i]))
+            group = _fixed_group(model, palette, members, int(homes[i]), head)
         done.update(members)
         groups.append(group)
     return groups
@@ -244,7 +251,7 @@ def _partner(
     return by_place.get((layer, other)) if other else None
 
 
-def _fixed_group(model: Model, palette: Palette, members: list[int], home: int) -> Group:
+def _fixed_group(model: Model, palette: Palette, members: list[int], home: int, head: int) -> Group:
     """Tensors with one type on one device."""
     label = " + ".join(model.tensors[m].name for m in members)
     if all(palette.kept_bytes[m] for m in members):
@@ -255,7 +262,8 @@ def _fixed_group(model: Model, palette: Palette, members: list[int], home: int) 
             np.array([home]),
             np.zeros((1, 1), dtype=np.int64),
         )
-    columns = _columns(model, palette, members, home)
+    reader = multiplied_at(model, model.tensors[members[0]], home, head)
+    columns = _columns(model, palette, members, reader)
     return Group(
         label,
         tuple(members),
@@ -265,17 +273,16 @@ def _fixed_group(model: Model, palette: Palette, members: list[int], home: int) 
     )
 
 
-def _columns(model: Model, palette: Palette, members: list[int], home: int) -> NDArray[np.int64]:
-    """Return the palette columns that all members may take on `home`."""
+def _columns(model: Model, palette: Palette, members: list[int], reader: int) -> NDArray[np.int64]:
+    """Return the palette columns that all members may take where `reader` multiplies them."""
     free = [m for m in members if not palette.kept_bytes[m]]
     allowed = palette.allowed[free].all(axis=0)
     # Rows of an untied embedding are looked up, not multiplied: free of kernel limits.
-    untied = "output.weight" in model.by_name
-    lookup = untied and all(model.tensors[m].role == "token_embd" for m in members)
+    lookup = not is_tied(model) and all(model.tensors[m].name == EMBEDDING for m in members)
     if not lookup:
-        allowed = allowed & (palette.cpu if home == HOST else palette.gpu)
+        allowed = allowed & (palette.cpu if reader == HOST else palette.gpu)
     if not allowed.any():
-        where = "RAM (see --allow-slow-cpu)" if home == HOST else "a GPU"
+        where = "RAM (see --allow-slow-cpu)" if reader == HOST else "a GPU"
         names = " and ".join(model.tensors[m].name for m in members)
         raise UsageError(f"no type is left for {names} in {where}: widen --types or change the pin")
     columns: NDArray[np.int64] = np.nonzero(allowed)[0].astype(np.int64)

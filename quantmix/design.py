@@ -20,6 +20,7 @@ from quantmix.errors import CheckFailed, InfeasibleBudget
 from quantmix.filesize import plan_in_file
 from quantmix.ggml.types import GgmlType
 from quantmix.loss.model import LossModel
+from quantmix.memory.head import EMBEDDING
 from quantmix.memory.model import HOST, DeviceMemory, Placement
 from quantmix.models.model import Model
 from quantmix.palette import Palette, TypeLimits, build, require_types
@@ -323,7 +324,7 @@ def _devices(model: Model, rig: Rig, plan: Plan, sizes: NDArray[np.int64]) -> tu
         )
         if memory.duplicate_embedding:
             weights += sum(
-                int(n) for t, n in zip(model.tensors, sizes, strict=True) if t.role == "token_embd"
+                int(n) for t, n in zip(model.tensors, sizes, strict=True) if t.name == EMBEDDING
             )
         uses.append(_device_use(device, memory, weights, plan.cpu_expert_bytes))
     return tuple(uses)

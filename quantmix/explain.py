@@ -24,8 +24,10 @@ from quantmix.emit.lint import (
 from quantmix.emit.simulate import (
     Homes,
     default_home,
+    head_home,
     is_expert,
     layer_homes,
+    moved_home,
     override_rules,
     visible,
 )
@@ -107,7 +109,7 @@ def explain(
     loaded = [t for t in model.tensors if t.loaded or settings.mtp]
     reports = rule_reports(compiled, [f"CUDA{i}" for i in range(len(seen))], loaded)
     where = _where(model, settings, homes, compiled, names)
-    placement = _placement(model, homes, where, seen)
+    placement = _placement(model, homes, head_home(model, homes, compiled), where, seen)
     uses = device_uses(file, machine, settings, placement, where)
     findings += _numbering(machine, seen) if rig is not None and len(seen) > 1 else []
     findings += unread + refused + rule_findings(reports, loaded)
@@ -194,16 +196,18 @@ def _where(
     for t in model.tensors:
         if not t.loaded and not settings.mtp:
             continue
-        hit = next((home for regex, home in rules if regex.search(t.name)), None)
-        home = default_home(t, homes) if hit is None else hit
+        home = moved_home(t.name, default_home(t, homes), rules)
         where[t.name] = names[home] if home != HOST else "CPU"
     return where
 
 
 def _placement(
-    model: Model, homes: Homes, where: Mapping[str, str], seen: Sequence[int]
+    model: Model, homes: Homes, head: int, where: Mapping[str, str], seen: Sequence[int]
 ) -> Placement:
-    """The placement nearest to what the flags do, for buffers that depend on it."""
+    """The placement nearest to what the flags do, for buffers that depend on it.
+
+    `head` is where the head is, overrides applied, in the engine's numbering as `homes`.
+    """
     blocks = tuple(seen[d] if d != HOST else HOST for d in homes.blocks)
     in_ram = frozenset(
         t.layer
@@ -214,7 +218,7 @@ def _placement(
         and blocks[t.layer] != HOST
         and where.get(t.name) == "CPU"
     )
-    output = seen[homes.output] if homes.output != HOST else HOST
+    output = seen[head] if head != HOST else HOST
     return Placement(blocks, output, in_ram)
 
 

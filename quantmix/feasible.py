@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from quantmix.budget import Budget
 from quantmix.least import Least
+from quantmix.memory.head import head_device, host_slots
 from quantmix.memory.model import Placement
 from quantmix.memory.settings import Settings
 from quantmix.models.model import Model
@@ -80,16 +81,18 @@ class _Judge:
         """Whether the smallest types fit with some of the first layers wholly in RAM."""
         least = Least.of(self.model, self.palette)
         n = self.model.hparams.n_layer
-        shares = (0, n // 8, n // 4, n // 2, 3 * n // 4, n) if rig.has_ram else (0,)
+        most = host_slots(settings, n)[-1]
+        shares = (0, n // 8, n // 4, n // 2, 3 * n // 4, most) if rig.has_ram else (0,)
         weights = layer_weights(self.model, n)
         capacities = [float(g.capacity_bytes or 0) for g in rig.gpus]
         last = len(rig.gpus) - 1
+
+        def with_leading(k: int) -> Placement:
+            head = head_device(self.model, settings, k, n, last)
+            return Placement(split_layers(weights, capacities, host_layers=min(k, n)), head)
+
         return any(
-            least.spilled(
-                rig, settings, Placement(split_layers(weights, capacities, host_layers=k), last)
-            )
-            is not None
-            for k in dict.fromkeys(shares)
+            least.spilled(rig, settings, with_leading(k)) is not None for k in dict.fromkeys(shares)
         )
 
     def does(self, rig: Rig, settings: Settings) -> bool:

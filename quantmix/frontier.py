@@ -24,8 +24,9 @@ from quantmix.ggml.header import DEFAULT_ALIGNMENT
 from quantmix.ggml.types import GgmlType
 from quantmix.loss.evidence import Published, of_model
 from quantmix.loss.model import LossModel
+from quantmix.memory.head import is_tied
 from quantmix.memory.model import Placement
-from quantmix.memory.plan import device_memory, is_tied
+from quantmix.memory.plan import device_memory
 from quantmix.memory.settings import Settings
 from quantmix.models.model import Model
 from quantmix.palette import Palette, TypeLimits

@@ -16,6 +16,7 @@ import numpy as np
 
 from quantmix.choices import Choices, movable_roles, to_problem
 from quantmix.least import Least
+from quantmix.memory.head import host_slots
 from quantmix.memory.model import HOST, Placement
 from quantmix.search import QUICK, Search, Tried
 from quantmix.solve.bound import lagrangian
@@ -57,11 +58,11 @@ class HybridSearch(Search):
         return best
 
     def _packed(self) -> list[tuple[int, frozenset[int]]]:
-        """Return (layers wholly in RAM, experts spilled to RAM) that hold the smallest types."""
+        """Return (slots wholly in RAM, experts spilled to RAM) that hold the smallest types."""
         least = Least.of(self.model, self.palette)
         even = self._even_weights()
         found = []
-        for k in range(self.model.hparams.n_layer + 1):
+        for k in host_slots(self.settings, self._n_blocks()):
             spilled = least.spilled(self.rig, self.settings, self._placement(even, k))
             if spilled is not None:
                 found.append((k, spilled))

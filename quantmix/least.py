@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantmix.choices import in_ram, movable_roles, tensor_homes
+from quantmix.memory.head import EMBEDDING, is_tied
 from quantmix.memory.model import HOST, Placement
 from quantmix.memory.plan import device_memory
 from quantmix.memory.settings import Settings
@@ -22,7 +23,11 @@ from quantmix.rig.device import Rig
 
 @dataclass(frozen=True)
 class Least:
-    """Smallest bytes of every tensor on a GPU and in RAM, +inf where no type may live."""
+    """Smallest bytes of every tensor on a GPU and in RAM, +inf where no type may live.
+
+    An embedding lies in RAM whatever multiplies it: one that is only looked up may take any type
+    there; a tied one those of the head's device (`_in_ram`).
+    """
 
     model: Model
     gpu: NDArray[np.float64]
@@ -39,8 +44,8 @@ class Least:
 
         cpu = smallest(palette.cpu)
         anywhere = smallest(np.ones_like(palette.cpu))
-        embeds = np.array([t.role == "token_embd" for t in model.tensors])
-        return cls(model, smallest(palette.gpu), np.where(embeds, anywhere, cpu))
+        lookup = _embedding(model) & (not is_tied(model))
+        return cls(model, smallest(palette.gpu), np.where(lookup, anywhere, cpu))
 
     def spilled(self, rig: Rig, settings: Settings, placement: Placement) -> frozenset[int] | None:
         """Return which layers' experts must go to RAM at the smallest types; None: does not fit."""
@@ -55,12 +60,16 @@ class Least:
         level = int(np.max(np.where(movers, self.cpu, 0.0), initial=0.0)) if movable else 0
         fixed = [float(m.fixed_bytes(level)) for m in memory]
         out: set[int] = set()
-        ram = fixed[-1] + self.cpu[loaded & (homes == HOST)].sum()
+        in_ram_bytes = self._in_ram(placement)
+        head = in_ram_bytes[_embedding(self.model)].sum()
+        ram = fixed[-1] + in_ram_bytes[loaded & (homes == HOST)].sum()
+        if memory[-1].duplicate_embedding:
+            ram += head
         for gpu, device in enumerate(rig.gpus):
             here = loaded & (homes == gpu)
             free = (device.capacity_bytes or 0) - fixed[gpu] - self.gpu[here & ~movers].sum()
             if memory[gpu].duplicate_embedding:
-                free -= self._embedding()
+                free -= head
             if free < 0:
                 return None
             layers_out, n_bytes = self._overflow(here & movers, float(free))
@@ -87,7 +96,13 @@ class Least:
                 out.add(layer)
         return out, spilled
 
-    def _embedding(self) -> float:
-        return float(
-            sum(self.gpu[i] for i, t in enumerate(self.model.tensors) if t.role == "token_embd")
-        )
+    def _in_ram(self, placement: Placement) -> NDArray[np.float64]:
+        """Return (T,) smallest bytes of what lies in RAM; a tied head on a GPU must run there."""
+        if not is_tied(self.model) or placement.output_device == HOST:
+            return self.cpu
+        return np.where(_embedding(self.model), self.gpu, self.cpu)
+
+
+def _embedding(model: Model) -> NDArray[np.bool_]:
+    """Return (T,) which tensor is the embedding."""
+    return np.array([t.name == EMBEDDING for t in model.tensors])

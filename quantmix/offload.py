@@ -14,8 +14,9 @@ from quantmix.errors import InfeasibleBudget
 from quantmix.ggml import types
 from quantmix.ggml.types import Engine, GgmlType
 from quantmix.memory import kv
+from quantmix.memory.head import EMBEDDING, head_device, head_name, host_slots
 from quantmix.memory.model import HOST, DeviceMemory, Placement
-from quantmix.memory.plan import device_memory, is_tied
+from quantmix.memory.plan import device_memory
 from quantmix.memory.settings import Settings
 from quantmix.models.model import Model, Tensor
 from quantmix.placement import split_layers
@@ -127,12 +128,13 @@ def device_uses(
 ) -> tuple[DeviceUse, ...]:
     """Return what every device of the rig holds; `where` overrides the placement's homes."""
     where = where or planned(file.model, placement, rig, mtp=settings.mtp)
+    memory = device_memory(file.model, settings, rig, placement)
     return tuple(
-        _use(device.name, device.kind, device.capacity_bytes, memory, weights, spare)
-        for device, memory, weights, spare in zip(
+        _use(device.name, device.kind, device.capacity_bytes, here, weights, spare)
+        for device, here, weights, spare in zip(
             rig.devices,
-            device_memory(file.model, settings, rig, placement),
-            _weights_by_device(file, rig, placement, where),
+            memory,
+            _weights_by_device(file, rig, memory, where),
             [_largest_ram_expert(file, where)] * len(rig.devices),
             strict=True,
         )
@@ -183,7 +185,7 @@ class _Search:
     def best(self) -> Placement | None:
         """The placement to use, None when nothing fits."""
         n = kv.n_blocks(self.file.model)
-        for in_ram in range(n + 1) if self.rig.has_ram else (0,):
+        for in_ram in host_slots(self.settings, n) if self.rig.has_ram else (0,):
             if not self.rig.gpus and in_ram < n:
                 continue
             found = self._with_leading(in_ram)
@@ -207,16 +209,17 @@ class _Search:
         """Contiguous splits to try: in proportion to the room, and each GPU filled in turn."""
         weights = self._block_bytes(expert_share)
         n, last = len(weights), len(self.rig.gpus) - 1
+        head = head_device(self.file.model, self.settings, in_ram, n, last)
         if in_ram >= n or not self.rig.gpus:
-            return [Placement((HOST,) * n, last if self.rig.gpus else HOST)]
-        probe = Placement((HOST,) * in_ram + (last,) * (n - in_ram), last)
+            return [Placement((HOST,) * n, head)]
+        probe = Placement((HOST,) * in_ram + (last,) * (n - in_ram), head)
         room = [
             float((g.capacity_bytes or 0) - m.fixed_bytes() + m.kv_bytes + m.derived_bytes)
             for g, m in zip(self.rig.gpus, self._memory(probe), strict=False)
         ]
-        tail = float(self._head_bytes())
+        tail = float(self._head_bytes()) if head != HOST else 0.0
         even = split_layers(weights, room, tail=tail, host_layers=in_ram)
-        return [Placement(even, last), Placement(_filled_in_turn(weights, room, in_ram), last)]
+        return [Placement(even, head), Placement(_filled_in_turn(weights, room, in_ram), head)]
 
     def _filled(self, split: Placement) -> Placement | None:
         """Experts of as many layers as fit moved onto the GPUs of `split`; None: nothing fits."""
@@ -238,9 +241,9 @@ class _Search:
         """Free bytes per GPU, with buffers that hold however many experts are moved later."""
         where = planned(self.file.model, placement, self.rig, mtp=self.settings.mtp)
         spare = _largest_ram_expert(self.file, where)
-        weights = _weights_by_device(self.file, self.rig, placement, where)
         with_experts = self._memory(replace(placement, cpu_experts=frozenset()))
         in_ram = self._memory(placement)
+        weights = _weights_by_device(self.file, self.rig, in_ram, where)
         free = []
         for gpu, a, b, used in zip(self.rig.gpus, in_ram, with_experts, weights, strict=False):
             either = replace(a, compute=(*a.compute, *b.compute))
@@ -332,8 +335,7 @@ class _Search:
         return 1.0 + sum(b for q, b in mine if q.slow_cpu) / total
 
     def _head_bytes(self) -> int:
-        sizes = self.file.sizes
-        return sizes.get("output.weight", sizes.get("token_embd.weight", 0))
+        return self.file.sizes.get(head_name(self.file.model), 0)
 
 
 def _filled_in_turn(
@@ -363,13 +365,14 @@ def _shifted(homes: Sequence[int], left: int, step: int) -> tuple[int, ...] | No
 
 
 def _weights_by_device(
-    file: StoredModel, rig: Rig, placement: Placement, where: dict[str, str]
+    file: StoredModel, rig: Rig, memory: Sequence[DeviceMemory], where: dict[str, str]
 ) -> list[int]:
     totals = dict.fromkeys((d.name for d in rig.devices), 0)
     for name, device in where.items():
         totals[device] += file.sizes[name]
-    if is_tied(file.model) and placement.output_device != HOST:
-        totals[rig.gpus[placement.output_device].name] += file.sizes.get("token_embd.weight", 0)
+    for here in memory:
+        if here.duplicate_embedding:
+            totals[here.name] += file.sizes[EMBEDDING]
     return list(totals.values())
 
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from quantmix.choices import Choices, build_choices, to_problem
-from quantmix.memory.model import DeviceMemory, Placement
+from quantmix.memory.head import head_device, head_name
+from quantmix.memory.model import HOST, DeviceMemory, Placement
 from quantmix.memory.plan import device_memory
 from quantmix.memory.settings import Settings
 from quantmix.models.model import Model
@@ -67,7 +68,10 @@ class Search:
     memo: Memo = field(default_factory=dict)
 
     def _placement(self, weights: Sequence[float], host_layers: int) -> Placement:
-        """Return the placement of a contiguous split by weight, no experts in RAM."""
+        """Return the placement of a contiguous split by weight, no experts in RAM.
+
+        `host_layers` first slots stay in RAM (`head.host_slots`).
+        """
         n_gpus = len(self.rig.gpus)
         last = n_gpus - 1
         probe = Placement((last,) * self._n_blocks(), last)
@@ -76,9 +80,11 @@ class Search:
             float((g.capacity_bytes or 0) - m.reserve_bytes)
             for g, m in zip(self.rig.gpus, memory, strict=False)
         ]
-        out = self.model.by_name.get("output.weight", self.model.by_name.get("token_embd.weight"))
-        tail = 0.75 * out.n_elements if out else 0.0
-        return Placement(split_layers(weights, net, tail=tail, host_layers=host_layers), last)
+        out = self.model.by_name.get(head_name(self.model))
+        head = head_device(self.model, self.settings, host_layers, self._n_blocks(), last)
+        tail = 0.75 * out.n_elements if out and head != HOST else 0.0
+        blocks = min(host_layers, self._n_blocks())
+        return Placement(split_layers(weights, net, tail=tail, host_layers=blocks), head)
 
     def _n_blocks(self) -> int:
         h = self.model.hparams

@@ -316,3 +316,77 @@ def test_experts_trained_in_four_bits_get_no_more_than_four(tmp_path: Path) -> N
         model, Budget.from_vram("700G"), options=Options(limits=TypeLimits(imatrix=False))
     )
     assert blind.size.tensor_bytes > 600 * GIB
+
+
+@pytest.mark.parametrize("engine", ["ik", "mainline"])
+@pytest.mark.parametrize(
+    ("name", "gpus"),
+    [
+        ("qwen2.5-7b-instruct", "1x1GiB"),
+        ("gemma-3-4b-it", "1x1800MiB"),
+        ("qwen2.5-3b-instruct", "2x1000MiB"),
+    ],
+)
+def test_layers_in_ram_leave_the_head_where_flags_can_put_it(
+    name: str, gpus: str, engine: str
+) -> None:
+    """With few or no layers on a GPU the flags still are the plan, tied head and all."""
+    from quantmix.emit.cmdline import parse
+    from quantmix.emit.simulate import layer_homes, visible
+
+    model, budget = qm.load_model(name), Budget.from_gpus(gpus, ram="64G", engine=engine)
+    assert budget.rig is not None
+    made = run(model, budget, Options())
+    assert made.placement is not None
+    tied = "output.weight" not in model.by_name
+    if tied:
+        offload = made.recipe.offload
+        sizes = {t.name: t.bytes for t in made.recipe.tensors}
+        seen = visible(budget.rig, offload["env"])
+        homes = layer_homes(
+            parse(offload["flags"]), model, budget.settings, budget.rig, sizes, seen
+        )
+        there = homes.output if homes.output < 0 else seen[homes.output]
+        assert there == made.placement.output_device
+
+
+@pytest.mark.parametrize(
+    "budget", [Budget.from_size("3.5bpw"), Budget.from_vram("4G")], ids=["size", "vram"]
+)
+def test_a_tied_head_takes_the_types_of_its_device(budget: Budget) -> None:
+    """On a GPU it may have types that are slow on a CPU, but none without a CUDA kernel."""
+    model = qm.load_model("qwen2.5-1.5b-instruct")
+    limits = TypeLimits(types=("iq2_kt", "iq3_kt", "iq4_kt"))
+    made = run(model, budget, Options(limits=limits)).recipe
+    head = next(t for t in made.tensors if t.name == "token_embd.weight")
+    assert head.type.endswith("_kt")
+    no_kernel = TypeLimits(pins=(("token_embd", "q8_KV"),))
+    with pytest.raises(UsageError, match=r"token_embd\.weight in a GPU"):
+        run(model, budget, Options(limits=no_kernel))
+
+
+def test_a_tied_head_on_a_gpu_is_timed_there() -> None:
+    """A speed that the plain design reaches changes nothing; RAM is not waited for."""
+    model = qm.load_model("gemma-3-4b-it")
+    budget = Budget.from_gpus("1xrtx-4090", ctx=8192, cpu="desktop-ddr4-3200-2ch")
+    plain = run(model, budget, Options()).recipe
+    assert plain.speed.tg_tps is not None
+    asked = run(model, budget, Options(min_tps=0.98 * plain.speed.tg_tps)).recipe
+    assert asked.quality.damage == pytest.approx(plain.quality.damage, rel=1e-3)
+    assert asked.speed.tg_tps == pytest.approx(plain.speed.tg_tps, rel=1e-2)
+
+
+def test_the_quick_judgement_knows_where_a_tied_head_runs() -> None:
+    """A head in RAM needs a type that a CPU decodes well, one on a GPU does not."""
+    from quantmix.least import Least
+    from quantmix.loss import load
+    from quantmix.memory.model import HOST, Placement
+    from quantmix.palette import build
+
+    model, budget = qm.load_model("qwen2.5-1.5b-instruct"), Budget.from_gpus("1x8G", ram="64G")
+    assert budget.rig is not None
+    limits = TypeLimits(types=("iq2_kt", "iq4_ks"), pins=(("token_embd", "iq2_kt"),))
+    least = Least.of(model, build(model, load(model, engine="ik"), "ik", limits))
+    homes = (HOST, *[0] * (model.hparams.n_layer - 1))
+    assert least.spilled(budget.rig, budget.settings, Placement(homes, HOST)) is None
+    assert least.spilled(budget.rig, budget.settings, Placement(homes, 0)) == frozenset()

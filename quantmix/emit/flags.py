@@ -9,6 +9,7 @@ from typing import Final
 from quantmix.emit.regex import int_group, word_group
 from quantmix.errors import UsageError
 from quantmix.memory import kv
+from quantmix.memory.head import is_tied
 from quantmix.memory.model import HOST, Placement
 from quantmix.memory.settings import Settings
 from quantmix.models.model import Model, Tensor
@@ -76,8 +77,7 @@ def split_plan(model: Model, placement: Placement, *, with_output: bool) -> Spli
         UsageError: blocks of a GPU are not contiguous, or RAM blocks do not come first.
     """
     n = kv.n_blocks(model)
-    blocks = list(placement.layer_device[:n])
-    blocks += [placement.output_device] * (n - len(blocks))
+    blocks = list(placement.homes(n))
     first = next((i for i, d in enumerate(blocks) if d != HOST), n)
     rest = blocks[first:]
     if HOST in rest or rest != sorted(rest):
@@ -112,6 +112,17 @@ def is_movable(model: Model, t: Tensor) -> bool:
     if model.hparams.is_moe:
         return "exps" in t.role
     return t.role.split(".")[0] in _DENSE_FFN
+
+
+def output_override(model: Model, buffer: str) -> list[str]:
+    """`-ot` for the head and the output norm; a tied head goes by the embedding's name.
+
+    That name takes the embedding along, which is at home in RAM: only for `buffer` CPU.
+    """
+    if not is_tied(model):
+        return ["-ot", f"^output={buffer}"]
+    assert buffer == "CPU", "the rows of the embedding are looked up in RAM"
+    return ["-ot", f"^(output|token_embd)={buffer}"]
 
 
 def expert_override(model: Model, placement: Placement, settings: Settings) -> list[str]:

@@ -10,6 +10,7 @@ from quantmix.emit.flags import (
     SplitPlan,
     environment,
     expert_override,
+    output_override,
     split_plan,
 )
 from quantmix.emit.layers import (
@@ -19,6 +20,8 @@ from quantmix.emit.layers import (
     weights_by_bytes,
     weights_by_count,
 )
+from quantmix.errors import UsageError
+from quantmix.memory.head import head_device
 from quantmix.memory.model import HOST, Placement
 from quantmix.memory.settings import Settings
 from quantmix.models.model import Model
@@ -47,19 +50,21 @@ def offload_flags(
     """Return the flags for ik_llama.cpp; `sizes` are file bytes per tensor.
 
     Raises:
-        UsageError: the placement cannot be expressed in flags.
+        UsageError: the placement cannot be expressed in flags (`memory.head.head_device`).
     """
     in_ram = placement.layer_device[:1] == (HOST,)
     plan = split_plan(model, placement, with_output=not in_ram)
+    if plan.output != head_device(model, settings, plan.first, plan.n_blocks, plan.output):
+        raise UsageError("with these layers in RAM, no flags of ik put the output on a GPU")
     flags = ["-ngl", str(999 if plan.first == 0 else plan.n_blocks - plan.first)]
     notes: tuple[str, ...] = ()
     if len(plan.gpus) > 1:
         weights, notes = _tensor_split(model, settings, plan, sizes)
         flags += ["-sm", "layer", "-ts", ",".join(map(str, weights))]
     if plan.first and plan.output != HOST and plan.gpus:
-        flags += ["-ot", f"^output=CUDA{plan.gpus.index(plan.output)}"]
+        flags += output_override(model, f"CUDA{plan.gpus.index(plan.output)}")
     elif not plan.first and plan.output == HOST and plan.gpus:
-        flags += ["-ot", "^output=CPU"]
+        flags += output_override(model, "CPU")
     flags += expert_override(model, placement, settings)
     flags += _context(model, settings)
     return OffloadFlags(flags, environment(rig, plan), notes)

@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
-from quantmix.emit.flags import OffloadFlags, environment, expert_override, split_plan
+from quantmix.emit.flags import (
+    OffloadFlags,
+    environment,
+    expert_override,
+    output_override,
+    split_plan,
+)
 from quantmix.emit.layers import weights_by_count
 from quantmix.errors import UsageError
 from quantmix.memory.model import HOST, Placement
@@ -40,7 +46,7 @@ def offload_flags(
     if len(plan.gpus) > 1:
         flags += ["-sm", "layer", "-ts", ",".join(map(str, weights_by_count(plan.counts)))]
     if in_ram_output:
-        flags += ["-ot", "^output=CPU"]
+        flags += output_override(model, "CPU")
     flags += expert_override(model, placement, settings)
     flags += _context(model, settings)
     return OffloadFlags(flags, environment(rig, plan))

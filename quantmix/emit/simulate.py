@@ -1,6 +1,7 @@
 """Replays offload flags over all tensors, with each engine's own precedence.
 
-    1. `token_embd` stays in RAM; blocks and the output matrix go where -ngl and -ts put them.
+    1. `token_embd` stays in RAM; blocks and the output matrix go where -ngl and -ts put them. A
+       tied head goes with the output, but by the embedding's name (`memory.head`).
     2. The first override whose regex is found anywhere in the name moves the tensor.
        mainline: `-ot`, `-cmoe`, `-ncmoe` in command-line order; ik: every `-ot` first.
        -ncmoe N: mainline the first N blocks; ik the first N (builds before 2026-08) or the last N
@@ -23,6 +24,7 @@ from quantmix.emit.flags import OffloadFlags, is_movable
 from quantmix.emit.layers import by_bytes, by_count, split_sizes, splits_bytes
 from quantmix.errors import CheckFailed, UsageError
 from quantmix.memory import kv
+from quantmix.memory.head import head_name
 from quantmix.memory.model import HOST, Placement
 from quantmix.memory.settings import Settings
 from quantmix.models.model import Model, Tensor
@@ -60,25 +62,22 @@ def replay(
     given = flags.flags if isinstance(flags, OffloadFlags) else flags
     env = flags.env if isinstance(flags, OffloadFlags) else {}
     command = parse(given)
-    names = [rig.gpus[i].name for i in visible(rig, env)]
-    homes = layer_homes(command, model, settings, rig, sizes, visible(rig, env))
+    seen = visible(rig, env)
+    names = [rig.gpus[i].name for i in seen]
+    homes = layer_homes(command, model, settings, rig, sizes, seen)
     rules = override_rules(command, model, settings, homes, len(names))
     devices = {}
     for t in model.tensors:
         if not t.loaded and not settings.mtp:
             continue
-        hit = next((home for regex, home in rules if regex.search(t.name)), None)
-        home = default_home(t, homes) if hit is None else hit
+        home = moved_home(t.name, default_home(t, homes), rules)
         devices[t.name] = names[home] if home != HOST else CPU
     return devices
 
 
 def planned(model: Model, placement: Placement, rig: Rig, *, mtp: bool = False) -> dict[str, str]:
     """Return the device name of every loaded tensor as the plan has it."""
-    n = kv.n_blocks(model)
-    missing = max(0, n - len(placement.layer_device))
-    blocks = (*placement.layer_device[:n], *([placement.output_device] * missing))
-    homes = Homes(blocks, placement.output_device)
+    homes = Homes(placement.homes(kv.n_blocks(model)), placement.output_device)
     devices = {}
     for t in model.tensors:
         if not t.loaded and not mtp:
@@ -98,13 +97,14 @@ def prove(
     placement: Placement,
     sizes: Mapping[str, int],
 ) -> None:
-    """Check that the flags, replayed, are the plan; KV (by block) included.
+    """Check that the flags, replayed, are the plan; KV (by block) and the head included.
 
     Raises:
         CheckFailed: they are not; names the first tensor that differs.
     """
     seen = visible(rig, flags.env)
-    homes = layer_homes(parse(flags.flags), model, settings, rig, sizes, seen)
+    command = parse(flags.flags)
+    homes = layer_homes(command, model, settings, rig, sizes, seen)
     for block, home in enumerate(placement.layer_device[: kv.n_blocks(model)]):
         got = seen[homes.blocks[block]] if homes.blocks[block] != HOST else HOST
         if got != home:
@@ -112,6 +112,13 @@ def prove(
                 f"flags put layer {block} and its KV cache on {_label(rig, got)}, "
                 f"the plan on {_label(rig, home)}"
             )
+    head = head_home(model, homes, override_rules(command, model, settings, homes, len(seen)))
+    got = seen[head] if head != HOST else HOST
+    if got != placement.output_device:
+        raise CheckFailed(
+            f"flags put the head on {_label(rig, got)}, "
+            f"the plan on {_label(rig, placement.output_device)}"
+        )
     wanted = planned(model, placement, rig, mtp=settings.mtp)
     got_devices = replay(flags, model, settings, rig, sizes)
     for name, device in wanted.items():
@@ -253,6 +260,16 @@ def default_home(t: Tensor, homes: Homes) -> int:
     if t.role.startswith("rope_"):
         return homes.blocks[0]
     return homes.output
+
+
+def moved_home(name: str, home: int, rules: Sequence[tuple[re.Pattern[str], int]]) -> int:
+    """Home of a tensor after overrides: the first rule found in its name, else `home`."""
+    return next((there for regex, there in rules if regex.search(name)), home)
+
+
+def head_home(model: Model, homes: Homes, rules: Sequence[tuple[re.Pattern[str], int]]) -> int:
+    """Home of the matrix that gives the logits, a tied one's second tensor included."""
+    return moved_home(head_name(model), homes.output, rules)
 
 
 def is_expert(t: Tensor) -> bool:

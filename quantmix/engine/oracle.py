@@ -20,8 +20,9 @@ from quantmix.engine.mainline_find import Mainline, find_mainline
 from quantmix.errors import UsageError
 from quantmix.ggml import types
 from quantmix.memory import kv
+from quantmix.memory.head import is_tied
 from quantmix.memory.model import HOST, Placement
-from quantmix.memory.plan import device_memory, is_tied
+from quantmix.memory.plan import device_memory
 from quantmix.memory.settings import NEWEST_BUILD, Settings
 from quantmix.models.ghost import write_ghost
 from quantmix.models.model import Model

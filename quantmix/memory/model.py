@@ -23,6 +23,12 @@ class Placement:
     output_device: int
     cpu_experts: frozenset[int] = frozenset()
 
+    def homes(self, n_blocks: int) -> tuple[int, ...]:
+        """Return the device of each of `n_blocks`; those beyond the plan follow its last block."""
+        planned = self.layer_device[:n_blocks]
+        last = planned[-1] if planned else self.output_device
+        return (*planned, *([last] * (n_blocks - len(planned))))
+
 
 @dataclass(frozen=True, slots=True)
 class Regime:
@@ -44,9 +50,8 @@ class Regime:
 class DeviceMemory:
     """What one device holds besides the weights of the file; all figures are safe upper bounds.
 
-    `compute` lists regimes; the buffer is their maximum. `extra_weights_bytes` are file tensors
-    that the engine holds a second time there per byte of the tensor (a tied head): see
-    `duplicate_embedding`.
+    `compute` lists regimes; the buffer is their maximum. `duplicate_embedding`: a tied head lies
+    there as a tensor of its own, with as many bytes as the embedding (`head.held_twice`).
     """
 
     name: str

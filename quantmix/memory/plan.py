@@ -9,6 +9,7 @@ from typing import Final
 from quantmix.errors import UsageError
 from quantmix.ggml import types
 from quantmix.memory import compute, kv, mainline_graph
+from quantmix.memory.head import held_twice
 from quantmix.memory.margins import safe
 from quantmix.memory.model import HOST, DeviceMemory, Placement, Regime
 from quantmix.memory.settings import Settings
@@ -42,7 +43,7 @@ def device_memory(
     _check(model, rig, placement)
     cache = kv.kv_bytes(model, settings)
     derived = derived_bytes(model, settings, derived_type)
-    home = _homes(placement, len(cache))
+    home = placement.homes(len(cache))
     gpus = tuple(
         DeviceMemory(
             name=gpu.name,
@@ -52,7 +53,7 @@ def device_memory(
             derived_bytes=sum(b for b, d in zip(derived, home, strict=True) if d == i),
             reserve_bytes=gpu_reserve_bytes(gpu, settings, first=i == 0, desktop=rig.desktop),
             compute=_bounds(model, settings, _gpu_role(model, settings, rig, placement, i)),
-            duplicate_embedding=i == placement.output_device and is_tied(model),
+            duplicate_embedding=held_twice(model, settings, placement, i),
         )
         for i, gpu in enumerate(rig.gpus)
     )
@@ -62,15 +63,9 @@ def device_memory(
         derived_bytes=sum(b for b, d in zip(derived, home, strict=True) if d == HOST),
         reserve_bytes=host_reserve_bytes(rig, settings),
         compute=_host_compute(model, settings, rig, placement),
+        duplicate_embedding=held_twice(model, settings, placement, HOST),
     )
     return (*gpus, host)
-
-
-def is_tied(model: Model) -> bool:
-    """Whether the output matrix is the embedding: the engine then holds it a second time."""
-    if model.tensors:
-        return "output.weight" not in model.by_name
-    return model.hparams.tied_embeddings and not model.hparams.output_in_gguf
 
 
 def is_moe_layer(h: HParams, layer: int) -> bool:
@@ -138,12 +133,6 @@ def _check(model: Model, rig: Rig, placement: Placement) -> None:
             f"placement has {len(placement.layer_device)} blocks, "
             f"{model.id} has {model.hparams.n_layer} layers"
         )
-
-
-def _homes(placement: Placement, n: int) -> tuple[int, ...]:
-    """Device of each of `n` blocks; MTP blocks beyond the placement follow the output."""
-    missing = n - len(placement.layer_device)
-    return (*placement.layer_device[:n], *([placement.output_device] * missing))
 
 
 def _experts_in_ram(model: Model, placement: Placement) -> bool:

@@ -21,6 +21,7 @@ from quantmix.errors import UsageError
 from quantmix.ggml.types import GgmlType
 from quantmix.ggml.types import get as get_type
 from quantmix.memory import kv
+from quantmix.memory.head import EMBEDDING, is_tied, multiplied_at
 from quantmix.memory.model import HOST, Placement
 from quantmix.memory.settings import Settings
 from quantmix.models.model import Model, Tensor
@@ -113,7 +114,8 @@ def predict(
     A device of unknown bandwidth that holds weights gives an empty Speed.
     """
     where = where or planned(model, placement, rig, mtp=settings.mtp)
-    used = {where[t.name] for t in model.tensors if t.name in where and _read_params(model, t)}
+    readers = _readers(model, rig, placement, where)
+    used = {readers[t.name] for t in model.tensors if t.name in where and _read_params(model, t)}
     if any(d.bandwidth_gbs is None for d in rig.devices if d.name in used) or not used:
         return Speed()
     seconds = plan_seconds(model, settings, rig, placement, mix, n_kv=n_kv, where=where)
@@ -123,7 +125,7 @@ def predict(
         tg_tps=tps,
         tg_low=tps / band,
         tg_high=tps * band,
-        pp_tps=_prompt_tps(model, settings, rig, where, mix),
+        pp_tps=_prompt_tps(model, settings, rig, readers, mix),
     )
 
 
@@ -139,14 +141,14 @@ def plan_seconds(
 ) -> float:
     """Seconds per token of a plan, unknown bandwidths assumed; see `predict` for the arguments."""
     where = where or planned(model, placement, rig, mtp=settings.mtp)
+    readers = _readers(model, rig, placement, where)
     devices = {d.name: d for d in rig.devices}
-    head = rig.devices[placement.output_device] if placement.output_device != HOST else rig.host
     seconds = fixed_seconds(model, settings, rig, placement, n_kv=n_kv)
     for t, chosen in zip(model.tensors, mix, strict=True):
         params = _read_params(model, t)
-        if t.name not in where or not params:
+        if t.name not in readers or not params:
             continue
-        device = head if t.role == "token_embd" else devices[where[t.name]]
+        device = devices[readers[t.name]]
         qtype = chosen or get_type(t.source_type, settings.engine)
         n_bytes = params * qtype.bpw / 8
         if device.kind == "gpu":
@@ -175,12 +177,28 @@ def model_kind(model: Model) -> Kind:
     return "dense" if not h.is_moe else "mla" if h.is_mla else "moe"
 
 
+def _readers(
+    model: Model, rig: Rig, placement: Placement, where: Mapping[str, str]
+) -> dict[str, str]:
+    """Name of the device that reads a tensor for every token: where it lies, but for a tied head.
+
+    `where` says where tensors lie; what is not loaded is in neither.
+    """
+    home = placement.output_device
+    head = rig.gpus[home].name if home != HOST else rig.host.name
+    return {
+        t.name: multiplied_at(model, t, where[t.name], head)
+        for t in model.tensors
+        if t.name in where
+    }
+
+
 def _read_params(model: Model, t: Tensor) -> float:
     """Weights read per token: the active share; kv_b is resident but idle; a tied head is read."""
     if not t.loaded or (t.role == "attn_kv_b" and model.layout in ("ik", "split")):
         return 0.0
-    if t.role == "token_embd":
-        return 0.0 if "output.weight" in model.by_name else float(t.n_elements)
+    if t.name == EMBEDDING:
+        return float(t.n_elements) if is_tied(model) else 0.0
     return t.n_elements * t.active_fraction
 
 
@@ -248,7 +266,7 @@ def _prompt_tps(
     model: Model,
     settings: Settings,
     rig: Rig,
-    where: Mapping[str, str],
+    readers: Mapping[str, str],
     mix: Sequence[GgmlType | None],
 ) -> float | None:
     """Rough prompt speed at the design's ubatch (within a factor of two in 9 of 10 logs)."""
@@ -258,17 +276,17 @@ def _prompt_tps(
     uploads = True
     for t, chosen in zip(model.tensors, mix, strict=True):
         params = _read_params(model, t)
-        if not params or t.name not in where:
+        if not params or t.name not in readers:
             continue
-        if where[t.name] in on_gpu:
-            on_gpu[where[t.name]] += params
+        if readers[t.name] in on_gpu:
+            on_gpu[readers[t.name]] += params
             continue
         on_cpu += params
         if t.role.endswith("_exps"):
             qtype = chosen or get_type(t.source_type, settings.engine)
             uploads = uploads and qtype.cuda
             experts += t.n_elements * qtype.bpw / 8
-    readers = tuple(
+    gpus = tuple(
         Reader(
             on_gpu[g.name],
             0.0,
@@ -281,7 +299,7 @@ def _prompt_tps(
     )
     load = Load(
         kind=model_kind(model),
-        gpus=readers,
+        gpus=gpus,
         cpu=None,
         gpu_layers=0,
         cpu_layers=0,

@@ -253,3 +253,34 @@ def test_mtp_blocks_follow_the_output_and_count_as_slots() -> None:
         name.startswith(f"blk.{n - 1}.") for name in planned(model, placement, rig, mtp=True)
     )
     offload(model, with_mtp, rig, placement, sizes)
+
+
+@pytest.mark.parametrize("engine", ENGINES, ids=lambda e: "-".join(e))
+@pytest.mark.parametrize("in_ram", [False, True])
+def test_a_tied_head_goes_where_the_plan_has_it(engine: tuple[str, str], in_ram: bool) -> None:
+    """On the last GPU or in RAM: an override by the name `output` would miss a tied head."""
+    model, sizes = model_of("gemma-3-12b-it"), sizes_of("gemma-3-12b-it", "q4_0")
+    setup = Settings(engine=engine[0], build=engine[1])  # type: ignore[arg-type]
+    placement = Placement((0,) * 24 + (1,) * 24, HOST if in_ram else 1)
+    flags = offload(model, setup, make_rig(24, 24), placement, sizes)
+    assert ("^(output|token_embd)=CPU" in flags.flags) == in_ram
+
+
+def test_ik_keeps_a_tied_head_in_ram_when_layers_are() -> None:
+    """`-ngl` below the number of layers leaves it there, and no override can fetch it alone."""
+    model, sizes = model_of("gemma-3-12b-it"), sizes_of("gemma-3-12b-it", "q4_0")
+    homes = (HOST,) * 42 + (0,) * 6
+    flags = offload(model, Settings(), make_rig(24), Placement(homes, HOST), sizes)
+    assert flags.flags[:2] == ["-ngl", "6"]
+    with pytest.raises(UsageError, match="output"):
+        offload(model, Settings(), make_rig(24), Placement(homes, 0), sizes)
+    wrong = OffloadFlags(["-ngl", "6", "-ot", "^output=CUDA0"], {})
+    with pytest.raises(CheckFailed, match="flags put the head on CPU, the plan on GPU0"):
+        prove(wrong, model, Settings(), make_rig(24), Placement(homes, 0), sizes)
+
+
+def test_mtp_blocks_follow_the_last_block_when_the_head_is_in_ram() -> None:
+    """An unloaded MTP block does not break the run of layers of the last GPU."""
+    model, sizes = model_of("glm-4.5-air"), sizes_of("glm-4.5-air")
+    placement = Placement((HOST,) * 6 + (0,) * (model.hparams.n_layer - 6), HOST)
+    offload(model, Settings(), make_rig(48), placement, sizes)

@@ -132,3 +132,15 @@ def test_moe_layers_by_step_and_lead() -> None:
     assert [is_moe_layer(R1, i) for i in (0, 2, 3, 60)] == [False, False, True, True]
     maverick = replace(QWEN3_235B, moe_layer_step=2)
     assert [is_moe_layer(maverick, i) for i in range(4)] == [False, True, False, True]
+
+
+def test_a_tied_head_in_ram_is_one_mapping_until_ik_stops_mapping(two_cards: Rig) -> None:
+    """Overrides to the CPU make ik allocate its host tensors: then the head is there twice."""
+    embd = Tensor("token_embd.weight", (4096, 151936), "bf16", "token_embd", None)
+    tied = replace(bare(QWEN3_235B), tensors=(embd,))
+    mapped = Placement((HOST,) * 10 + (0,) * 84, HOST)
+    moved = replace(mapped, cpu_experts=frozenset(range(50, 94)))
+    mainline = Settings(engine="mainline", build="2026-10-01")
+    assert not device_memory(tied, Settings(), two_cards, mapped)[-1].duplicate_embedding
+    assert device_memory(tied, Settings(), two_cards, moved)[-1].duplicate_embedding
+    assert not device_memory(tied, mainline, two_cards, moved)[-1].duplicate_embedding

@@ -176,3 +176,18 @@ def test_a_big_ubatch_uploads_experts_and_speeds_prompts_up() -> None:
     small = predict(R1, Settings(ubatch=1024), rig(), ALL_RAM, mix).pp_tps or 0
     large = predict(R1, Settings(ubatch=4096, batch=4096), rig(), ALL_RAM, mix).pp_tps or 0
     assert large > 2 * small
+
+
+def test_a_tied_head_is_read_where_the_output_is() -> None:
+    """RAM of unknown speed does not matter while the head is on the GPU; in RAM it does."""
+    tied = load_model("llama-3.2-1b")
+    mix, n = mix_of(tied, "iq4_ks"), tied.hparams.n_layer
+    on_gpu = predict(tied, Settings(), rig(gbs=None), Placement((0,) * n, 0), mix)
+    assert on_gpu.tg_tps
+    assert predict(tied, Settings(), rig(gbs=None), Placement((0,) * n, HOST), mix) == Speed()
+    slow = predict(tied, Settings(), rig(), Placement((0,) * n, HOST), mix)
+    assert slow.tg_tps
+    assert slow.pp_tps
+    assert on_gpu.pp_tps
+    assert slow.tg_tps < on_gpu.tg_tps
+    assert 2 * slow.pp_tps < on_gpu.pp_tps
