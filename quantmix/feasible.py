@@ -16,7 +16,7 @@ from quantmix.models.model import Model
 from quantmix.palette import Palette
 from quantmix.placement import layer_weights, split_layers
 from quantmix.planner import Shortage, fits_at_all
-from quantmix.rig.device import Device, Rig
+from quantmix.rig.device import Rig
 from quantmix.units import GIB, gib
 
 if TYPE_CHECKING:
@@ -109,11 +109,11 @@ class _Judge:
 
 def _smallest_gpus(rig: Rig, settings: Settings, judge: _Judge) -> str | None:
     """Return the `--gpus` line of as many equal cards with the least whole GiB each."""
+    if not rig.gpus:
+        return None
 
     def of(size_gib: int) -> Rig:
-        cards = tuple(
-            Device(g.name, "gpu", size_gib * GIB, bandwidth_gbs=g.bandwidth_gbs) for g in rig.gpus
-        )
+        cards = tuple(replace(g, capacity_bytes=size_gib * GIB) for g in rig.gpus)
         return replace(rig, gpus=cards)
 
     least = _least(of, settings, judge, 1)

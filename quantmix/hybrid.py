@@ -62,7 +62,7 @@ class HybridSearch(Search):
         least = Least.of(self.model, self.palette)
         even = self._even_weights()
         found = []
-        for k in host_slots(self.settings, self._n_blocks()):
+        for k in host_slots(self.settings, self._n_blocks()) if self.rig.gpus else (0,):
             spilled = least.spilled(self.rig, self.settings, self._placement(even, k))
             if spilled is not None:
                 found.append((k, spilled))

@@ -32,9 +32,12 @@ def split_layers(
         weights: bytes of each block, KV cache and derived tensors included.
         capacities: bytes that each GPU has for them.
         tail: bytes that lie on the last GPU besides (output matrix).
-        host_layers: so many first blocks stay in RAM (`-ngl` below the number of layers).
+        host_layers: so many first blocks stay in RAM (`-ngl` below the number of layers); all do
+            without GPUs.
     """
     n = len(weights)
+    if not capacities:
+        return (HOST,) * n
     held = np.maximum(np.asarray(capacities, dtype=np.float64), 0.0)
     if not held.sum() > 0:
         held = np.ones(len(held))

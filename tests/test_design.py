@@ -390,3 +390,25 @@ def test_the_quick_judgement_knows_where_a_tied_head_runs() -> None:
     homes = (HOST, *[0] * (model.hparams.n_layer - 1))
     assert least.spilled(budget.rig, budget.settings, Placement(homes, HOST)) is None
     assert least.spilled(budget.rig, budget.settings, Placement(homes, 0)) == frozenset()
+
+
+@pytest.mark.parametrize("engine", ["ik", "mainline"])
+def test_a_rig_without_gpus_is_designed_for_its_ram(engine: str, tmp_path: Path) -> None:
+    """All lies on the host with `-ngl 0`; too little RAM names the RAM that works."""
+    rig = tmp_path / "ram.toml"
+    rig.write_text('ram = "64G"\n')
+    made = qm.design(qm.load_model("qwen2.5-7b-instruct"), Budget.from_rig(rig, engine=engine))
+    assert {t.device for t in made.tensors} == {"CPU"}
+    assert made.offload["flags"][:2] == ["-ngl", "0"]
+    rig.write_text('ram = "4G"\n')
+    with pytest.raises(InfeasibleBudget, match=r"that works is --ram \d+G"):
+        qm.design(qm.load_model("qwen2.5-7b-instruct"), Budget.from_rig(rig, engine=engine))
+
+
+def test_the_smallest_cards_that_work_keep_the_reserve() -> None:
+    """What the message names works when it is asked for, with the same --reserve."""
+    model = qm.load_model("qwen2.5-7b-instruct")
+    with pytest.raises(InfeasibleBudget, match=r"--gpus 1x\d+GiB") as caught:
+        qm.design(model, Budget.from_gpus("1x4GiB", reserve="3G"))
+    named = str(caught.value).split("--gpus ", 1)[1].split()[0].strip(";")
+    assert qm.design(model, Budget.from_gpus(named, reserve="3G")).devices[0].used_bytes > 0
