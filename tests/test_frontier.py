@@ -152,3 +152,11 @@ def test_the_command_prints_one_document(tmp_path):
     assert b"<svg" in plot.read_bytes()
     wrong = CliRunner().invoke(app, [*call, "--plot", str(tmp_path / "a.gif")])
     assert wrong.exit_code == 2
+
+
+def test_one_type_is_a_frontier_of_one_point():
+    """With published mixes above its size, which the one mix is compared with."""
+    one = sweep(load_model("deepseek-r1"), limits=TypeLimits(types=("q8_0",)))
+    result = frontier(one)
+    assert [p.tensor_bytes for p in result.points] == [one.smallest_bytes]
+    assert any(m.predicted_here for m in result.published)

@@ -98,7 +98,7 @@ class Hull:
         step = self.last_below(capacity)
         if step is None:
             return None
-        price = self.price[min(step, len(self.price) - 1) :][:1]
+        price = self.price[min(step, len(self.price) - 1) :][:1] if len(self.price) else np.zeros(1)
         return fill(self.cost, self.use[None], np.array([capacity]), self.choice(step), price)
 
     def spread(self, low: float, high: float, n: int) -> list[int]:

@@ -146,3 +146,13 @@ def test_the_knee_is_farthest_below_the_chord():
     x = np.linspace(1.0, 9.0, 161)
     assert x[knee(x, 1 / x)] == pytest.approx(3.0, abs=0.05)
     assert knee(np.array([1.0, 2.0]), np.array([2.0, 1.0])) == 0
+
+
+def test_one_option_per_group_is_a_frontier_of_one_point():
+    """Without steps every capacity is answered by the start, or not at all."""
+    hull = Hull.of(np.array([[1.0], [2.0]]), np.array([[3.0], [4.0]]))
+    assert hull.filled(6.0) is None
+    chosen = hull.filled(8.0)
+    assert chosen is not None
+    assert chosen.tolist() == [0, 0]
+    assert hull.bound(8.0) == 3.0
