@@ -23,6 +23,7 @@ from quantmix.loss.model import LossModel
 from quantmix.memory.head import EMBEDDING
 from quantmix.memory.model import HOST, DeviceMemory, Placement
 from quantmix.models.model import Model
+from quantmix.mtp import with_mtp
 from quantmix.palette import Palette, TypeLimits, build, require_types
 from quantmix.planner import Plan, Shortage, plan_on_rig, price_per_gib
 from quantmix.recipe import (
@@ -107,7 +108,7 @@ def run(
     from quantmix.loss import load as load_loss
 
     settings = budget.settings
-    model = _loaded(model, settings)
+    model = with_mtp(model, settings)
     loss = loss or load_loss(
         model,
         engine=settings.engine,
@@ -120,14 +121,6 @@ def run(
     if budget.rig is None:
         return _for_file(model, budget, options, loss, palette)
     return _for_rig(model, budget, budget.rig, options, loss, palette, explained)
-
-
-def _loaded(model: Model, settings: Settings) -> Model:
-    """Return the model with MTP blocks loaded when `--mtp` asks for them."""
-    if not settings.mtp:
-        return model
-    tensors = tuple(replace(t, loaded=True) for t in model.tensors)
-    return replace(model, tensors=tensors)
 
 
 def _for_rig(

@@ -37,6 +37,7 @@ from quantmix.ggml.types import Engine
 from quantmix.memory.model import HOST, Placement
 from quantmix.memory.settings import Settings
 from quantmix.models.model import Model
+from quantmix.mtp import with_mtp
 from quantmix.offload import OffloadPlan, StoredModel, device_uses, holds, place
 from quantmix.recipe import DeviceUse, Speed
 from quantmix.rig.device import Device, Rig
@@ -99,7 +100,9 @@ def explain(
     if not pasted.options:
         raise UsageError("--lint found no flags in that text: paste the line that starts llama.cpp")
     given, unread = readable(pasted, base.engine)
-    model, settings = file.model, settings_of(given, base)
+    settings = settings_of(given, base)
+    file = replace(file, model=with_mtp(file.model, settings))
+    model = file.model
     machine = rig or _guessed_rig(given)
     seen, findings = _seen(machine, given)
     names = [machine.gpus[i].name for i in seen]

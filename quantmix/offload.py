@@ -19,6 +19,7 @@ from quantmix.memory.model import HOST, DeviceMemory, Placement
 from quantmix.memory.plan import device_memory
 from quantmix.memory.settings import Settings
 from quantmix.models.model import Model, Tensor
+from quantmix.mtp import with_mtp
 from quantmix.placement import split_layers
 from quantmix.recipe import DeviceUse, Speed
 from quantmix.rig.device import Rig
@@ -85,6 +86,7 @@ def place(
     Raises:
         InfeasibleBudget: it does not fit; names what is missing.
     """
+    file = replace(file, model=with_mtp(file.model, settings))
     search = _Search(file, rig, settings)
     placement = search.best()
     if placement is None:

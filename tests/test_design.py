@@ -412,3 +412,22 @@ def test_the_smallest_cards_that_work_keep_the_reserve() -> None:
         qm.design(model, Budget.from_gpus("1x4GiB", reserve="3G"))
     named = str(caught.value).split("--gpus ", 1)[1].split()[0].strip(";")
     assert qm.design(model, Budget.from_gpus(named, reserve="3G")).devices[0].used_bytes > 0
+
+
+def test_a_loaded_mtp_block_is_a_block_like_others() -> None:
+    """With --mtp it is guarded against low bits and its reads are timed, experts by their share."""
+    from quantmix.ggml.types import get
+
+    model, budget = qm.load_model("glm-4.5-air"), Budget.from_vram("48G", ctx=8192, mtp=True)
+    last = model.hparams.n_layer
+    made = run(model, budget, Options()).recipe
+    mine = [t for t in made.tensors if t.layer == last and get(t.type).is_quantized]
+    assert mine
+    assert all(get(t.type).bpw >= 3.0 for t in mine if "exps" not in t.role)
+
+    def speed(mtp: bool) -> float:
+        rig = Budget.from_gpus("1xrtx-pro-6000", ctx=8192, mtp=mtp)
+        found = run(model, rig, Options(limits=TypeLimits(types=("q4_0",)))).recipe
+        return found.speed.tg_tps or 0.0
+
+    assert 0.9 * speed(False) < speed(True) < speed(False)

@@ -123,3 +123,12 @@ def test_parts_of_experts_are_named_where_they_lie() -> None:
     text = holds(file.model, rig, placement, where)
     assert text["CPU"] == "ffn_down_exps of layers 0-93"
     assert "ffn_gate_exps + ffn_up_exps of layers 0-93" in text["GPU0"]
+
+
+def test_a_loaded_mtp_block_takes_time() -> None:
+    """Its weights are read for every token, which a plan without it does not do."""
+    file, rig = file_of("glm-4.5-air", "q4_0"), rig_of("1xrtx-pro-6000")
+    without, with_it = (place(file, rig, Settings(mtp=mtp)).speed.tg_tps for mtp in (False, True))
+    assert without
+    assert with_it
+    assert 0.9 * without < with_it < without
