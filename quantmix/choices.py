@@ -21,6 +21,9 @@ from quantmix.solve.problem import FloatArray, IntArray, Problem
 # speed, so they are always tied; the others only where speed matters (a rig, not a bare file size).
 _TIED_EXPERTS = {"ffn_gate_exps": "ffn_up_exps"}
 _TIED = {**_TIED_EXPERTS, "ffn_gate_shexp": "ffn_up_shexp", "ffn_gate": "ffn_up"}
+SECONDS, DAMAGE = "seconds", "damage"
+"""Pools that are no memory: what a stage may spend of the other's objective."""
+
 _EXPERTS = ("ffn_up_exps", "ffn_gate_exps", "ffn_down_exps", "ffn_gate_up_exps")
 _DENSE_FFN = ("ffn_up", "ffn_gate", "ffn_down")
 
@@ -179,7 +182,7 @@ def to_problem(
     levels: IntArray,
     constraints: tuple[str, ...],
     *,
-    objective: str = "damage",
+    objective: str = DAMAGE,
     budget: float | None = None,
 ) -> Problem:
     """Return the knapsack of a stage.
@@ -189,13 +192,13 @@ def to_problem(
         objective: `damage` (then `budget` caps seconds) or `seconds` (then it caps damage).
     """
     cost, other = choices.damage, choices.seconds
-    if objective == "seconds":
+    if objective == SECONDS:
         cost, other = other, cost
     use, pools = choices.use, choices.pools
     if budget is not None:
         extra = np.where(np.isfinite(other), other, 0.0)
         use = np.concatenate([use, extra[None]])
-        pools = (*pools, "seconds" if objective == "damage" else "damage")
+        pools = (*pools, SECONDS if objective == DAMAGE else DAMAGE)
         capacities = np.concatenate([capacities, np.full((len(capacities), 1), budget)], axis=1)
     return Problem(
         groups=tuple(g.label for g in choices.groups),

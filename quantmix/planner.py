@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from quantmix.choices import to_problem
+from quantmix.choices import DAMAGE, SECONDS, to_problem
 from quantmix.hybrid import HybridSearch
 from quantmix.memory.model import DeviceMemory, Placement
 from quantmix.memory.plan import device_memory
@@ -204,9 +204,9 @@ def _better(a: Solution, b: Solution) -> bool:
 
 
 def price_per_gib(solution: Solution, pools: Sequence[str]) -> dict[str, float]:
-    """Return nats saved per extra GiB on each device with a limit."""
+    """Return nats saved per extra GiB on each device with a limit (or in the file)."""
     return {
         pool: float(price) * GIB
         for pool, price in zip(pools, solution.prices, strict=False)
-        if price > 0
+        if price > 0 and pool not in (SECONDS, DAMAGE)
     }

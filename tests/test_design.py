@@ -431,3 +431,15 @@ def test_a_loaded_mtp_block_is_a_block_like_others() -> None:
         return found.speed.tg_tps or 0.0
 
     assert 0.9 * speed(False) < speed(True) < speed(False)
+
+
+def test_prices_are_those_of_memory() -> None:
+    """A speed to reach limits the design too, but has no price per GiB."""
+    model = qm.load_model("llama-3.1-8b-instruct")
+    budget = Budget.from_gpus("1xrtx-4090", ctx=8192)
+    plain = run(model, budget, Options()).recipe
+    assert plain.speed.tg_tps is not None
+    made = run(model, budget, Options(min_tps=1.3 * plain.speed.tg_tps))
+    pools = dict(zip(made.problem.pools, made.solution.prices, strict=True))
+    assert pools["seconds"] > 0
+    assert set(made.recipe.optimality.prices) <= {"GPU0", "CPU"}
