@@ -158,7 +158,7 @@ def byte_slack(
     windows = _byte_windows(counts, first, sizes)
     for g, (low, high) in enumerate(windows):
         position += counts[g]
-        block = max(sizes.blocks[position - 1], sizes.blocks[position], 1.0)
+        block = max(*sizes.blocks[position - 1 : position + 1], 1.0)
         point = sum(weights[: g + 1]) / total
         worst = min(worst, (point - low) * whole / block, (high - point) * whole / block)
     return worst
@@ -167,7 +167,11 @@ def byte_slack(
 def _byte_windows(
     counts: Sequence[int], first: int, sizes: SplitSizes
 ) -> list[tuple[float, float]]:
-    """Per boundary the shares of the total between which the byte rule puts it there."""
+    """Per boundary the shares of the total between which the byte rule puts it there.
+
+    Behind the last block there is nothing to deal: any larger share leaves that boundary there.
+    """
+    n_slots = first + sum(counts)
     total = sizes.compute * len(counts) + sum(sizes.blocks[first : first + sum(counts)])
     windows: list[tuple[float, float]] = []
     position, dealt = first, 0.0
@@ -175,7 +179,7 @@ def _byte_windows(
         dealt += sizes.compute + sum(sizes.blocks[position : position + count])
         position += count
         before = sizes.blocks[position - 1] / 2 if count else 0.0
-        after = sizes.blocks[position] / 2
+        after = sizes.blocks[position] / 2 if position < n_slots else total - dealt
         windows.append(((dealt - before) / total, (dealt + after) / total))
     return windows
 

@@ -103,3 +103,15 @@ def test_the_output_counts_with_logits_beyond_the_compute_buffer() -> None:
     big = split_sizes(model, Settings(ubatch=4096), sizes)
     assert big.blocks[-1] > sizes["output.weight"]
     assert len(big.blocks) == 33
+
+
+@given(COUNTS, st.integers(0, 5), st.randoms(use_true_random=False))
+def test_a_last_gpu_may_hold_the_output_alone(
+    counts: list[int], first: int, random: Random
+) -> None:
+    """With layers in RAM the output is not dealt: all blocks go to the GPUs before its own."""
+    n = first + sum(counts)
+    sizes = SplitSizes(tuple(random.uniform(1e8, 8e8) for _ in range(n + 1)), 1e8)
+    weights = weights_by_bytes([*counts, 0], first, sizes)
+    assert by_bytes(weights, first, n, sizes) == runs(counts)
+    assert byte_slack(weights, [*counts, 0], first, sizes) > 0
