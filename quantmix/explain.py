@@ -113,7 +113,7 @@ def explain(
     reports = rule_reports(compiled, [f"CUDA{i}" for i in range(len(seen))], loaded)
     where = _where(model, settings, homes, compiled, names)
     placement = _placement(model, homes, head_home(model, homes, compiled), where, seen)
-    uses = device_uses(file, machine, settings, placement, where)
+    uses = device_uses(file, machine, settings, placement, where, seen)
     findings += _numbering(machine, seen) if rig is not None and len(seen) > 1 else []
     findings += unread + refused + rule_findings(reports, loaded)
     findings += engine_findings(pasted, model, settings)

@@ -78,7 +78,10 @@ class _Judge:
     options: Options
 
     def may(self, rig: Rig, settings: Settings) -> bool:
-        """Whether the smallest types fit with some of the first layers wholly in RAM."""
+        """Whether the smallest types fit, some of the first layers wholly in RAM or GPUs unused."""
+        return any(self._may(rig.only(cards), settings) for cards in rig.card_sets())
+
+    def _may(self, rig: Rig, settings: Settings) -> bool:
         least = Least.of(self.model, self.palette)
         n = self.model.hparams.n_layer
         most = host_slots(settings, n)[-1]

@@ -57,7 +57,17 @@ class HybridSearch(Search):
             best = self._hybrid(host_layers, spilled)
         return best
 
-    def _packed(self) -> list[tuple[int, frozenset[int]]]:
+    def leading(self) -> int | None:
+        """Return how many first slots must lie in RAM at the smallest types; None: nothing fits.
+
+        Without RAM it is 0 for all that the full search knows better.
+        """
+        if not self.rig.has_ram:
+            return 0
+        packed = self._packed(1)
+        return packed[0][0] if packed else None
+
+    def _packed(self, most: int = _HOST_LAYER_TRIES) -> list[tuple[int, frozenset[int]]]:
         """Return (slots wholly in RAM, experts spilled to RAM) that hold the smallest types."""
         least = Least.of(self.model, self.palette)
         even = self._even_weights()
@@ -66,7 +76,7 @@ class HybridSearch(Search):
             spilled = least.spilled(self.rig, self.settings, self._placement(even, k))
             if spilled is not None:
                 found.append((k, spilled))
-                if len(found) == _HOST_LAYER_TRIES:
+                if len(found) == most:
                     break
         return found
 

@@ -88,7 +88,7 @@ def place(
     """
     file = replace(file, model=with_mtp(file.model, settings))
     search = _Search(file, rig, settings)
-    placement = search.best()
+    placement = _best(file, rig, settings)
     if placement is None:
         raise InfeasibleBudget(search.shortage())
     flags = offload(file.model, settings, rig, placement, file.sizes)
@@ -113,12 +113,24 @@ def place_longest(file: StoredModel, rig: Rig, settings: Settings) -> tuple[Sett
     while fits < top:
         middle = (fits + top + 1) // 2
         longer = replace(settings, ctx=middle * _CTX_STEP)
-        if _Search(file, rig, longer).best() is None:
+        if _best(file, rig, longer) is None:
             top = middle - 1
         else:
             fits = middle
     chosen = replace(settings, ctx=fits * _CTX_STEP)
     return chosen, place(file, rig, chosen)
+
+
+def _best(file: StoredModel, rig: Rig, settings: Settings) -> Placement | None:
+    """Return the placement to use, small GPUs left out where that spares layers in RAM."""
+    found: Placement | None = None
+    for cards in rig.card_sets():
+        in_ram = None if found is None else found.layer_device.count(HOST)
+        if in_ram == 0:
+            break
+        other = _Search(file, rig.only(cards), settings).best(in_ram)
+        found = found if other is None else other.on(cards)
+    return found
 
 
 def device_uses(
@@ -127,10 +139,14 @@ def device_uses(
     settings: Settings,
     placement: Placement,
     where: dict[str, str] | None = None,
+    visible: Sequence[int] | None = None,
 ) -> tuple[DeviceUse, ...]:
-    """Return what every device of the rig holds; `where` overrides the placement's homes."""
+    """Return what every device of the rig holds; `where` overrides the placement's homes.
+
+    `visible` are the GPUs that the engine sees when they are not those of the placement.
+    """
     where = where or planned(file.model, placement, rig, mtp=settings.mtp)
-    memory = device_memory(file.model, settings, rig, placement)
+    memory = device_memory(file.model, settings, rig, placement, visible=visible)
     return tuple(
         _use(device.name, device.kind, device.capacity_bytes, here, weights, spare)
         for device, here, weights, spare in zip(
@@ -184,10 +200,10 @@ class _Search:
     rig: Rig
     settings: Settings
 
-    def best(self) -> Placement | None:
-        """The placement to use, None when nothing fits."""
+    def best(self, below: int | None = None) -> Placement | None:
+        """The placement to use, None when nothing fits with fewer than `below` layers in RAM."""
         n = kv.n_blocks(self.file.model)
-        for in_ram in host_slots(self.settings, n) if self.rig.has_ram else (0,):
+        for in_ram in host_slots(self.settings, n)[:below] if self.rig.has_ram else (0,):
             if not self.rig.gpus and in_ram < n:
                 continue
             found = self._with_leading(in_ram)
@@ -215,9 +231,12 @@ class _Search:
         if in_ram >= n or not self.rig.gpus:
             return [Placement((HOST,) * n, head)]
         probe = Placement((HOST,) * in_ram + (last,) * (n - in_ram), head)
+        memory = device_memory(
+            self.file.model, self.settings, self.rig, probe, visible=range(last + 1)
+        )
         room = [
             float((g.capacity_bytes or 0) - m.fixed_bytes() + m.kv_bytes + m.derived_bytes)
-            for g, m in zip(self.rig.gpus, self._memory(probe), strict=False)
+            for g, m in zip(self.rig.gpus, memory, strict=False)
         ]
         tail = float(self._head_bytes()) if head != HOST else 0.0
         even = split_layers(weights, room, tail=tail, host_layers=in_ram)
@@ -276,9 +295,13 @@ class _Search:
         need = self.file.tensor_bytes + sum(kv.kv_bytes(self.file.model, self.settings))
         have = sum(g.capacity_bytes or 0 for g in self.rig.gpus)
         have += self.rig.host.capacity_bytes or 0
+        nowhere = Placement((HOST,) * kv.n_blocks(self.file.model), HOST)
+        everywhere = range(len(self.rig.gpus))
         fixed = sum(
             m.fixed_bytes() - m.kv_bytes
-            for m in self._memory(Placement((HOST,) * kv.n_blocks(self.file.model), HOST))
+            for m in device_memory(
+                self.file.model, self.settings, self.rig, nowhere, visible=everywhere
+            )
         )
         mend = "give more --gpus" if self.rig.has_ram else "give more --gpus, or state --ram"
         return (

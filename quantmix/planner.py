@@ -10,7 +10,7 @@ where memory is dear to neighbours where it is cheap. Everything else is the kna
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from quantmix.choices import DAMAGE, SECONDS, to_problem
 from quantmix.hybrid import HybridSearch
-from quantmix.memory.model import DeviceMemory, Placement
+from quantmix.memory.model import HOST, DeviceMemory, Placement
 from quantmix.memory.plan import device_memory
 from quantmix.memory.settings import Settings
 from quantmix.models.model import Model
@@ -74,8 +74,53 @@ def plan_on_rig(
     timing: Timing,
     goals: Goals,
 ) -> Plan | Shortage:
-    """Return the best plan found on `rig`, or what is missing."""
-    return _Search(model, palette, rig, settings, timing, goals).run()
+    """Return the best plan found on `rig`, or what is missing.
+
+    Small GPUs are left out when the plan does not fit with them, or only with more layers in RAM.
+    """
+    shortage: Shortage | None = None
+    for cards, search in _searches(model, palette, rig, settings, timing, goals):
+        found = search.run()
+        if isinstance(found, Plan):
+            return found if len(cards) == len(rig.gpus) else _on_rig(found, search, rig, cards)
+        shortage = shortage or found
+    assert shortage is not None, "all GPUs together are a set of GPUs"
+    return shortage
+
+
+def _searches(
+    model: Model,
+    palette: Palette,
+    rig: Rig,
+    settings: Settings,
+    timing: Timing,
+    goals: Goals,
+) -> Iterator[tuple[tuple[int, ...], _Search]]:
+    """Yield searches with all GPUs or fewer, those that leave the fewest layers in RAM first.
+
+    All GPUs come first where the smallest types fit without layers in RAM, and last where they
+    do not fit at all.
+    """
+    whole, *fewer = rig.card_sets()
+    search = _Search(model, palette, rig, settings, timing, goals)
+    leading = search.leading()
+    if leading == 0:
+        yield whole, search
+    waiting = [] if leading == 0 else [(np.inf if leading is None else leading, whole, search)]
+    for cards in fewer:
+        other = replace(search, rig=rig.only(cards), timing=timing.only(cards), memo={})
+        if (n := other.leading()) is not None:
+            waiting.append((n, cards, other))
+    for _, cards, other in sorted(waiting, key=lambda w: w[0]):
+        yield cards, other
+
+
+def _on_rig(plan: Plan, search: _Search, rig: Rig, cards: Sequence[int]) -> Plan:
+    """Return a plan made on some GPUs of a rig as a plan of the whole rig."""
+    placement = plan.placement.on(cards)
+    homes = np.array([*cards, HOST])[plan.homes]  # HOST is -1, the last
+    memory = device_memory(search.model, search.settings, rig, placement)
+    return replace(plan, placement=placement, homes=homes, memory=memory)
 
 
 @dataclass(frozen=True)
@@ -189,7 +234,8 @@ def fits_at_all(
     model: Model, palette: Palette, rig: Rig, settings: Settings, timing: Timing
 ) -> bool:
     """Whether any mix fits `rig` at the speed asked for; much cheaper than a plan."""
-    return _Search(model, palette, rig, settings, timing, Goals()).feasible()
+    searches = _searches(model, palette, rig, settings, timing, Goals())
+    return any(search.feasible() for _, search in searches)
 
 
 def _shortage(tried: Tried) -> Shortage:

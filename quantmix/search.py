@@ -75,7 +75,7 @@ class Search:
         n_gpus = len(self.rig.gpus)
         last = n_gpus - 1
         probe = Placement((last,) * self._n_blocks(), last)
-        memory = device_memory(self.model, self.settings, self.rig, probe)
+        memory = device_memory(self.model, self.settings, self.rig, probe, visible=range(n_gpus))
         net = [
             float((g.capacity_bytes or 0) - m.reserve_bytes)
             for g, m in zip(self.rig.gpus, memory, strict=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -40,6 +40,11 @@ class Timing:
     cells: FloatArray
     kept: FloatArray
     min_tps: float | None = None
+
+    def only(self, cards: Sequence[int]) -> Timing:
+        """Return the timing of a rig with these GPUs only (`Rig.only`)."""
+        rows = [*cards, len(self.rig.gpus)]
+        return replace(self, rig=self.rig.only(cards), cells=self.cells[rows], kept=self.kept[rows])
 
     def allowed(self, placement: Placement) -> float | None:
         """Return the seconds per token that weights may take to reach `min_tps`."""

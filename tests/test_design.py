@@ -443,3 +443,17 @@ def test_prices_are_those_of_memory() -> None:
     pools = dict(zip(made.problem.pools, made.solution.prices, strict=True))
     assert pools["seconds"] > 0
     assert set(made.recipe.optimality.prices) <= {"GPU0", "CPU"}
+
+
+@pytest.mark.parametrize("engine", ["ik", "mainline"])
+def test_a_gpu_without_weights_is_hidden(engine: str) -> None:
+    """400 MiB hold no context: all goes to RAM, and the engine is not shown the GPU."""
+    from quantmix.emit.simulate import visible
+
+    budget = Budget.from_gpus("2x400MiB", ram="64G", engine=engine)
+    assert budget.rig is not None
+    made = qm.design(qm.load_model("qwen2.5-0.5b-instruct"), budget)
+    assert {t.device for t in made.tensors} == {"CPU"}
+    assert made.devices[0].used_bytes == made.devices[1].used_bytes == 0
+    assert made.offload["env"]["CUDA_VISIBLE_DEVICES"] == ""
+    assert visible(budget.rig, made.offload["env"]) == []

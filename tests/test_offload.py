@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -132,3 +133,26 @@ def test_a_loaded_mtp_block_takes_time() -> None:
     assert without
     assert with_it
     assert 0.9 * without < with_it < without
+
+
+@pytest.mark.parametrize(
+    ("name", "at", "gpus", "ram"),
+    [
+        ("qwen3-30b-a3b", "q8_0", "1GiB,24GiB", "64G"),
+        ("qwen2.5-32b-instruct", "iq4_ks", "400MiB,24GiB", None),
+    ],
+)
+def test_a_card_too_small_to_be_of_use_is_left_out(
+    name: str, at: str, gpus: str, ram: str | None
+) -> None:
+    """What fits one card fits it with a small one beside, as fast and at the same bytes."""
+    file, settings = file_of(name, at), Settings(ctx=8192)
+    rig, alone = rig_of(gpus, ram), rig_of("24GiB", ram)
+    plan, wanted = place(file, rig, settings), place(file, alone, settings)
+    check(plan, file, rig, settings)
+    assert plan.flags.env["CUDA_VISIBLE_DEVICES"] == "1"
+    assert plan.flags.flags == wanted.flags.flags
+    assert plan.devices[0].used_bytes == 0
+    assert [replace(u, name="") for u in plan.devices[1:]] == [
+        replace(u, name="") for u in wanted.devices
+    ]

@@ -164,3 +164,38 @@ def test_the_gap_is_that_of_least_damage() -> None:
     assert o.given_for_speed > 1e-4
     before = o.objective - o.given_for_speed
     assert o.gap == pytest.approx((before - o.lower_bound) / before, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("name", "gpus", "ram", "ubatch"),
+    [
+        ("qwen3-30b-a3b", "{}24GiB", "64G", 4096),
+        ("qwen2.5-32b-instruct", "{}24GiB", None, 512),
+    ],
+)
+def test_a_card_that_cannot_hold_its_own_buffers_is_left_out(
+    name: str, gpus: str, ram: str | None, ubatch: int
+) -> None:
+    """It is hidden from the engine, and the design is that of the rig without it."""
+    from quantmix.design import Options, run
+
+    def design(small: str) -> tuple[float, list[str], list[str]]:
+        budget = Budget.from_gpus(gpus.format(small), ram=ram, ubatch=ubatch, ctx=8192)
+        recipe = run(qm.load_model(name), budget, Options()).recipe
+        where = {"GPU0": "GPU1"} if small else {}
+        homes = [where.get(t.device, t.device) for t in recipe.tensors]
+        return recipe.quality.damage, recipe.offload["flags"], homes
+
+    alone, both = design(""), design("600MiB,")
+    assert both[:2] == alone[:2]
+    assert "GPU0" not in both[2]
+
+
+def test_what_is_missing_is_said_of_all_cards() -> None:
+    """When leaving small cards out does not help either, the shortage is that of the whole rig."""
+    from quantmix.design import Options, run
+    from quantmix.errors import InfeasibleBudget
+
+    budget = Budget.from_gpus("24G,12G,8G")
+    with pytest.raises(InfeasibleBudget, match=r"short by GPU0 .*, GPU1 .*, GPU2 "):
+        run(qm.load_model("qwen3-235b-a22b"), budget, Options())

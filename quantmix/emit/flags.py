@@ -95,8 +95,11 @@ def split_plan(model: Model, placement: Placement, *, with_output: bool) -> Spli
 
 
 def environment(rig: Rig, plan: SplitPlan) -> dict[str, str]:
-    """CUDA numbering as `nvidia-smi` shows it, and only the GPUs in use (none for a pool)."""
-    if rig.ideal or not plan.gpus:
+    """CUDA numbering as `nvidia-smi` shows it, and only the GPUs in use; nothing for a pool.
+
+    A GPU that the engine sees gets a context and buffers even when no weights lie there.
+    """
+    if rig.ideal or not rig.gpus:
         return {}
     return {
         "CUDA_DEVICE_ORDER": "PCI_BUS_ID",

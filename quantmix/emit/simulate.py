@@ -132,9 +132,11 @@ def visible(rig: Rig, env: Mapping[str, str]) -> list[int]:
     Raises:
         UsageError: CUDA_VISIBLE_DEVICES names a GPU that the rig does not have.
     """
-    text = env.get("CUDA_VISIBLE_DEVICES", "").strip()
-    if not text:
+    text = env.get("CUDA_VISIBLE_DEVICES")
+    if text is None:
         return list(range(len(rig.gpus)))
+    if not text.strip():
+        return []
     try:
         chosen = [int(p) for p in text.split(",")]
     except ValueError:

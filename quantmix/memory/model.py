@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from math import ceil
 
 HOST = -1
@@ -22,6 +23,20 @@ class Placement:
     layer_device: tuple[int, ...]
     output_device: int
     cpu_experts: frozenset[int] = frozenset()
+
+    @property
+    def gpus(self) -> tuple[int, ...]:
+        """GPUs in use, in order; the flags hide the others (`emit.flags.environment`)."""
+        return tuple(sorted({*self.layer_device, self.output_device} - {HOST}))
+
+    def on(self, cards: Sequence[int]) -> Placement:
+        """Return the placement with GPU i of it being GPU `cards[i]` of a rig (`Rig.only`)."""
+        names = {HOST: HOST, **dict(enumerate(cards))}
+        return replace(
+            self,
+            layer_device=tuple(names[d] for d in self.layer_device),
+            output_device=names[self.output_device],
+        )
 
     def homes(self, n_blocks: int) -> tuple[int, ...]:
         """Return the device of each of `n_blocks`; those beyond the plan follow its last block."""

@@ -30,12 +30,14 @@ def device_memory(
     placement: Placement,
     *,
     derived_type: str = "q8_0",
+    visible: Sequence[int] | None = None,
 ) -> tuple[DeviceMemory, ...]:
     """Return what each device holds besides file tensors: GPUs in order, then the host.
 
     All figures are upper bounds. `derived_type` is the type of MLA tensors built at load: q8_0
     unless attn_k_b and attn_v_b are both 16-bit floats (split layout), or the type of attn_kv_b
-    (legacy layout).
+    (legacy layout). `visible` are the GPUs that the engine sees, in its order, by default those
+    in use; the first of them copies experts from RAM. A hidden GPU holds nothing.
 
     Raises:
         UsageError: the placement names a device that the rig does not have, or has too few layers.
@@ -44,15 +46,20 @@ def device_memory(
     cache = kv.kv_bytes(model, settings)
     derived = derived_bytes(model, settings, derived_type)
     home = placement.homes(len(cache))
+    seen = placement.gpus if visible is None else tuple(visible)
     gpus = tuple(
-        DeviceMemory(
+        DeviceMemory(gpu.name, 0, 0, 0, ())
+        if i not in seen
+        else DeviceMemory(
             name=gpu.name,
             kv_bytes=0
             if settings.nkvo
             else sum(b for b, d in zip(cache, home, strict=True) if d == i),
             derived_bytes=sum(b for b, d in zip(derived, home, strict=True) if d == i),
-            reserve_bytes=gpu_reserve_bytes(gpu, settings, first=i == 0, desktop=rig.desktop),
-            compute=_bounds(model, settings, _gpu_role(model, settings, rig, placement, i)),
+            reserve_bytes=gpu_reserve_bytes(
+                gpu, settings, first=i == seen[0], desktop=rig.desktop and i == 0
+            ),
+            compute=_bounds(model, settings, _gpu_role(model, settings, placement, seen, i)),
             duplicate_embedding=held_twice(model, settings, placement, i),
         )
         for i, gpu in enumerate(rig.gpus)
@@ -62,7 +69,7 @@ def device_memory(
         kv_bytes=sum(b for b, d in zip(cache, home, strict=True) if d == HOST or settings.nkvo),
         derived_bytes=sum(b for b, d in zip(derived, home, strict=True) if d == HOST),
         reserve_bytes=host_reserve_bytes(rig, settings),
-        compute=_host_compute(model, settings, rig, placement),
+        compute=_host_compute(model, settings, placement, seen),
         duplicate_embedding=held_twice(model, settings, placement, HOST),
     )
     return (*gpus, host)
@@ -100,15 +107,15 @@ def derived_bytes(model: Model, settings: Settings, derived_type: str = "q8_0") 
 def gpu_reserve_bytes(gpu: Device, settings: Settings, *, first: bool, desktop: bool) -> int:
     """Bytes set aside on a GPU for what no model counts: CUDA context and run-time pools.
 
-    300 MiB + 0.32·ubatch MiB on the first GPU, 0.10·ubatch on the others, at least 512 MiB; a
-    desktop takes 800 MiB more of the first. It covers the nine published differences between
+    300 MiB + 0.32·ubatch MiB on the first GPU, 0.10·ubatch on the others, at least 512 MiB; the
+    one that drives a desktop, 800 MiB more. It covers the nine published differences between
     nvidia-smi and the logged buffers (docs/memory-model.md). `gpu.reserve_bytes` overrides all.
     """
     if gpu.reserve_bytes is not None:
         return gpu.reserve_bytes
     slope = 0.32 if first else 0.10
     auto = max(_MIN_GPU_RESERVE_BYTES, ceil((300 + slope * settings.ubatch) * MIB))
-    return auto + (DESKTOP_BYTES if first and desktop else 0)
+    return auto + (DESKTOP_BYTES if desktop else 0)
 
 
 def host_reserve_bytes(rig: Rig, settings: Settings) -> int:
@@ -143,41 +150,41 @@ def _experts_in_ram(model: Model, placement: Placement) -> bool:
     )
 
 
-def _copies(settings: Settings, rig: Rig, placement: Placement) -> int:
+def _copies(settings: Settings, placement: Placement, seen: Sequence[int]) -> int:
     """Graph-input copies: mainline pipelines several GPUs unless tensors were overridden."""
     in_ram = bool(placement.cpu_experts) or HOST in placement.layer_device
-    pipelined = settings.engine == "mainline" and len(rig.gpus) > 1 and not in_ram
+    pipelined = settings.engine == "mainline" and len(seen) > 1 and not in_ram
     return _PIPELINE_COPIES if pipelined else 1
 
 
 def _gpu_role(
-    model: Model, settings: Settings, rig: Rig, placement: Placement, gpu: int
+    model: Model, settings: Settings, placement: Placement, seen: Sequence[int], gpu: int
 ) -> compute.DeviceRole:
     h = model.hparams
     mine = [i for i, d in enumerate(placement.layer_device) if d == gpu]
     return compute.DeviceRole(
-        first=gpu == 0,
+        first=gpu == seen[0],
         layers=bool(mine),
         experts=any(is_moe_layer(h, i) and i not in placement.cpu_experts for i in mine),
         output=gpu == placement.output_device,
         cpu_experts=_experts_in_ram(model, placement),
-        copies=_copies(settings, rig, placement),
+        copies=_copies(settings, placement, seen),
     )
 
 
 def _host_compute(
-    model: Model, settings: Settings, rig: Rig, placement: Placement
+    model: Model, settings: Settings, placement: Placement, seen: Sequence[int]
 ) -> tuple[Regime, ...]:
     """Host regimes with their margin, each with the logits buffer on top."""
     experts = _experts_in_ram(model, placement)
     role = compute.DeviceRole(
-        first=not rig.gpus,
+        first=not seen,
         layers=HOST in placement.layer_device or settings.nkvo,
         experts=experts,
         output=placement.output_device == HOST,
         cpu_experts=experts,
         host=True,
-        copies=_copies(settings, rig, placement),
+        copies=_copies(settings, placement, seen),
     )
     logits = compute.output_bytes(model, settings)
     bounds: Sequence[Regime] = _bounds(model, settings, role)

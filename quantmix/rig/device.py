@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 
@@ -56,3 +57,25 @@ class Rig:
     def has_ram(self) -> bool:
         """Whether repeating-layer weights may go to RAM."""
         return self.host.capacity_bytes is not None
+
+    def only(self, cards: Sequence[int]) -> Rig:
+        """Return the rig with these GPUs, in this order and under their names, and the host."""
+        return replace(
+            self,
+            gpus=tuple(self.gpus[i] for i in cards),
+            desktop=self.desktop and 0 in cards,
+        )
+
+    def card_sets(self) -> tuple[tuple[int, ...], ...]:
+        """Return the sets of GPUs worth planning with: all, then without the smallest, and so on.
+
+        Every GPU in use costs a reserve and buffers, so that a small one may take more than it
+        holds. One as large as the largest is never left out.
+        """
+        sizes = [g.capacity_bytes or 0 for g in self.gpus]
+        order = sorted(range(len(sizes)), key=lambda i: sizes[i])
+        small = [i for i in order if sizes[i] < max(sizes)]
+        everything = range(len(sizes))
+        return tuple(
+            tuple(i for i in everything if i not in small[:n]) for n in range(len(small) + 1)
+        )

@@ -144,3 +144,35 @@ def test_a_tied_head_in_ram_is_one_mapping_until_ik_stops_mapping(two_cards: Rig
     assert not device_memory(tied, Settings(), two_cards, mapped)[-1].duplicate_embedding
     assert device_memory(tied, Settings(), two_cards, moved)[-1].duplicate_embedding
     assert not device_memory(tied, mainline, two_cards, moved)[-1].duplicate_embedding
+
+
+def test_a_gpu_that_the_flags_hide_holds_nothing(r1: Model, two_cards: Rig) -> None:
+    """The first GPU in use copies experts and has the first one's reserve; a hidden one is free."""
+    settings = Settings(ubatch=2048)
+    on_second = Placement((1,) * 61, 1, frozenset(range(3, 61)))
+    hidden, used, host = device_memory(r1, settings, two_cards, on_second)
+    alone = replace(two_cards, gpus=two_cards.gpus[1:])
+    on_first = Placement((0,) * 61, 0, on_second.cpu_experts)
+    first, host_alone = device_memory(r1, settings, alone, on_first)
+    assert (used, host) == (first, host_alone)
+    assert hidden.fixed_bytes(GIB) == 0
+
+
+def test_the_engines_order_says_which_gpu_is_first(r1: Model, two_cards: Rig) -> None:
+    """With CUDA_VISIBLE_DEVICES=1,0 experts are copied to GPU1; the desktop stays with card 0."""
+    settings, desk = Settings(ubatch=2048), replace(two_cards, desktop=True)
+    away = replace(HALVES, cpu_experts=frozenset(range(3, 61)))
+    gpu0, gpu1, _ = device_memory(r1, settings, desk, away, visible=(1, 0))
+    assert gpu0.compute_bytes(3 * GIB) == gpu0.compute_bytes(0)
+    assert gpu1.compute_bytes(3 * GIB) >= gpu1.compute_bytes(0) + 2 * GIB
+    plain = device_memory(r1, settings, two_cards, away, visible=(1, 0))
+    assert gpu0.reserve_bytes == plain[0].reserve_bytes + 800 * MIB
+    assert gpu1.reserve_bytes == plain[1].reserve_bytes
+
+
+def test_one_gpu_in_use_is_no_pipeline(two_cards: Rig) -> None:
+    """Mainline keeps copies of the inputs for several GPUs that it sees, not for those it has."""
+    dense, settings = bare(QWEN3_235B), Settings(engine="mainline", build="2026-10-01")
+    both = device_memory(dense, settings, two_cards, Placement((0,) * 47 + (1,) * 47, 1))
+    one = device_memory(dense, settings, two_cards, Placement((1,) * 94, 1))
+    assert one[1].compute_bytes() < both[1].compute_bytes()

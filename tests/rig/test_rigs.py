@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -158,3 +159,12 @@ def test_rig_files_and_their_errors(tmp_path: Path) -> None:
         load_rig(tmp_path / "gone.toml")
     with pytest.raises(UnknownName, match="16x3090"):
         load_rig("16x309")
+
+
+def test_small_cards_are_left_out_in_turn() -> None:
+    """The smallest first; none as large as the largest; a desktop goes with its card."""
+    rig = replace(parse_gpus("8G,24G,2G,24G"), desktop=True)
+    assert rig.card_sets() == ((0, 1, 2, 3), (0, 1, 3), (1, 3))
+    assert [g.name for g in rig.only((1, 3)).gpus] == ["GPU1", "GPU3"]
+    assert (rig.only((0, 1)).desktop, rig.only((1, 3)).desktop) == (True, False)
+    assert parse_gpus("2x24G").card_sets() == ((0, 1),)
