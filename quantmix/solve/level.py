@@ -30,6 +30,9 @@ from quantmix.solve.rounding import fill, round_lp
 
 _BETTER = Limits(gap=1e-3, seconds=0.0)
 
+_ANY = Limits(gap=1.0, nodes=1000, seconds=5.0)
+"""To find any choice where cheaper means did not, also in a solve that skips the exact step."""
+
 _PRICE_TRIES = 6
 _PRICE_STEPS = (1.05, 1.2, 2.0, 10.0, 1e3)
 """Factors by which the price of the coupling pool grows until the choice keeps to it."""
@@ -86,7 +89,8 @@ def solve_level(
     if choice is None:
         choice = round_lp(cost, use, capacity, *lp)
     if choice is None:
-        choice, _ = solve_core(cost, use, capacity, prices, bound, None, limits)
+        how = _ANY if limits.seconds == 0 and len(cost) <= _CORE_GROUPS else limits
+        choice, _ = solve_core(cost, use, capacity, prices, bound, None, how)
     if choice is None:
         return infeasible(cost, use, capacity, level)
     choice = fill(cost, use, capacity, choice, prices)

@@ -116,3 +116,13 @@ def test_small_or_separate_problems_are_not_called_coupled() -> None:
     assert not is_coupled(cost, use[:-1], capacity[:-1])
     assert not is_coupled(cost, use, np.append(capacity[:-1], np.inf))
     assert not is_coupled(cost, use, np.full(len(capacity), np.inf))
+
+
+def test_a_quick_solve_calls_nothing_infeasible_that_fits() -> None:
+    """Two mixed pools whose relaxed answer does not round: the only choice is found."""
+    cost = np.array([[3.0, 0.0], [2.0, 1.0], [3.0, 1.0]])
+    use = np.array(
+        [[[1.0, 7.0], [0.0, 6.0], [2.0, 8.0]], [[6.0, 3.0], [8.0, 0.0], [7.0, 3.0]]],
+    )
+    found = solve_level(cost, use, np.array([13.0, 16.0]), QUICK, 0)
+    assert found.choice.tolist() == [0, 1, 0]
