@@ -60,10 +60,8 @@ class HybridSearch(Search):
     def leading(self) -> int | None:
         """Return how many first slots must lie in RAM at the smallest types; None: nothing fits.
 
-        Without RAM it is 0 for all that the full search knows better.
+        The layers are split evenly: without RAM another split may fit all the same.
         """
-        if not self.rig.has_ram:
-            return 0
         packed = self._packed(1)
         return packed[0][0] if packed else None
 
@@ -72,7 +70,8 @@ class HybridSearch(Search):
         least = Least.of(self.model, self.palette)
         even = self._even_weights()
         found = []
-        for k in host_slots(self.settings, self._n_blocks()) if self.rig.gpus else (0,):
+        slots = host_slots(self.settings, self._n_blocks())
+        for k in slots if self.rig.gpus and self.rig.has_ram else slots[:1]:
             spilled = least.spilled(self.rig, self.settings, self._placement(even, k))
             if spilled is not None:
                 found.append((k, spilled))

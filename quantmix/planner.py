@@ -83,7 +83,8 @@ def plan_on_rig(
         found = search.run()
         if isinstance(found, Plan):
             return found if len(cards) == len(rig.gpus) else _on_rig(found, search, rig, cards)
-        shortage = shortage or found
+        if shortage is None or len(cards) == len(rig.gpus):
+            shortage = found
     assert shortage is not None, "all GPUs together are a set of GPUs"
     return shortage
 
@@ -96,22 +97,24 @@ def _searches(
     timing: Timing,
     goals: Goals,
 ) -> Iterator[tuple[tuple[int, ...], _Search]]:
-    """Yield searches with all GPUs or fewer, those that leave the fewest layers in RAM first.
+    """Yield searches with all GPUs or fewer, as far as they may be of use.
 
-    All GPUs come first where the smallest types fit without layers in RAM, and last where they
-    do not fit at all.
+    All GPUs alone where the smallest types fit without layers in RAM: what fails then is a speed.
+    Else those first that leave the fewest layers in RAM; without RAM, those with the most GPUs.
     """
     whole, *fewer = rig.card_sets()
     search = _Search(model, palette, rig, settings, timing, goals)
     leading = search.leading()
-    if leading == 0:
+    if leading == 0 or not fewer:
         yield whole, search
-    waiting = [] if leading == 0 else [(np.inf if leading is None else leading, whole, search)]
+        return
+    tried = [(np.inf if leading is None else leading, whole, search)]
     for cards in fewer:
         other = replace(search, rig=rig.only(cards), timing=timing.only(cards), memo={})
-        if (n := other.leading()) is not None:
-            waiting.append((n, cards, other))
-    for _, cards, other in sorted(waiting, key=lambda w: w[0]):
+        leading = other.leading()
+        if leading is not None or not rig.has_ram:
+            tried.append((np.inf if leading is None else leading, cards, other))
+    for _, cards, other in sorted(tried, key=lambda t: t[0]) if rig.has_ram else tried:
         yield cards, other
 
 

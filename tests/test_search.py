@@ -199,3 +199,20 @@ def test_what_is_missing_is_said_of_all_cards() -> None:
     budget = Budget.from_gpus("24G,12G,8G")
     with pytest.raises(InfeasibleBudget, match=r"short by GPU0 .*, GPU1 .*, GPU2 "):
         run(qm.load_model("qwen3-235b-a22b"), budget, Options())
+
+
+def test_cards_are_left_out_only_where_that_can_help() -> None:
+    """Where the smallest types fit, a plan that fails is too slow, and fewer cards are slower."""
+    from quantmix.planner import _searches
+
+    def sets(gpus: str, ram: str | None) -> list[tuple[int, ...]]:
+        model, budget = qm.load_model("qwen3-30b-a3b"), Budget.from_gpus(gpus, ram=ram)
+        assert budget.rig is not None
+        palette = build(model, load_loss(model, engine="ik"), "ik", TypeLimits())
+        times = timing.of(model, palette, budget.rig, budget.settings, 1e6)
+        found = _searches(model, palette, budget.rig, budget.settings, times, Goals())
+        return [cards for cards, _ in found]
+
+    assert sets("8G,24G", None) == sets("8G,24G", "64G") == [(0, 1)]
+    assert sets("600MiB,24G", None) == [(0, 1), (1,)]
+    assert sets("600MiB,24G", "64G")[0] == (1,)
