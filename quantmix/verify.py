@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -120,11 +120,23 @@ def find_target(target: str | Path, recipe: str | Path | None = None) -> Target:
                 f"{path} holds no quantized file yet: run `quantmix quantize {path} SOURCE`, "
                 "or give the GGUF and --recipe"
             )
-        return Target(files[0], loaded)
+        return Target(_of_recipe(files, loaded), loaded)
     if recipe:
         return Target(path, load_recipe(recipe))
     beside = path.parent / "recipe.json"
     return Target(path, load_recipe(beside) if beside.exists() else None)
+
+
+def _of_recipe(files: Sequence[Path], recipe: Recipe) -> Path:
+    """Return the file that is the recipe's: a matrix or the source may lie beside it."""
+    for file in files:
+        try:
+            compare(recipe, open_weights(file))
+        except QuantmixError:
+            continue
+        return file
+    named = [f for f in files if f.name.startswith(recipe.name)]
+    return (named or files)[0]
 
 
 def verify(

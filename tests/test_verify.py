@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -70,6 +71,15 @@ def test_a_recipe_folder_finds_its_file_and_prediction(made: Any, tmp_path: Path
         "predicted", "engine", "seconds",
     }  # fmt: skip
     assert set(document["kld"]) >= {"mean", "err", "median", "p99", "max", "same_top"}
+
+
+def test_other_files_in_the_folder_are_passed_over(made: Any, tmp_path: Path) -> None:
+    """The source beside the quantized file, first by name, is not what the recipe promised."""
+    folder = tmp_path / "recipe"
+    shutil.copytree(made[1], folder)
+    shutil.copy(made[0], folder / "a-source.gguf")
+    (folder / "b-broken.gguf").write_bytes(b"GGUF")
+    assert verify.find_target(folder).file == folder / "q.gguf"
 
 
 def test_the_measurement_is_stored(made: Any, tmp_path: Path) -> None:
