@@ -16,6 +16,7 @@ from quantmix.emit.lint import (
     clean,
     engine_findings,
     landing_findings,
+    needs_flash_attention,
     readable,
     rule_findings,
     rule_reports,
@@ -23,6 +24,7 @@ from quantmix.emit.lint import (
 )
 from quantmix.emit.simulate import (
     Homes,
+    Rule,
     default_home,
     head_home,
     is_expert,
@@ -41,7 +43,7 @@ from quantmix.mtp import with_mtp
 from quantmix.offload import OffloadPlan, StoredModel, device_uses, holds, place
 from quantmix.recipe import DeviceUse, Speed
 from quantmix.rig.device import Device, Rig
-from quantmix.speed.model import calibration, plan_seconds, predict
+from quantmix.speed.model import calibration, of_unknown_bandwidth, plan_seconds, predict
 from quantmix.units import gib
 
 _SEVERITIES: Final = ("error", "warning", "note")
@@ -90,7 +92,8 @@ def explain(
 ) -> Explanation:
     """Explain the pasted `text` for a file on a rig (None: GPUs of unknown size).
 
-    `base` names the engine and its build; context, batch and cache types come from the line.
+    `base` names the engine and its build; context, batch and cache types come from the line, and
+    the engine's defaults where it is silent. Its context counts where the trained one is not known.
     `measured_tps` is what the pasted line reached: both predictions are scaled by it.
 
     Raises:
@@ -100,7 +103,7 @@ def explain(
     if not pasted.options:
         raise UsageError("--lint found no flags in that text: paste the line that starts llama.cpp")
     given, unread = readable(pasted, base.engine)
-    settings = settings_of(given, base)
+    settings = settings_of(given, base, file.model.hparams.ctx_train)
     file = replace(file, model=with_mtp(file.model, settings))
     model = file.model
     machine = rig or _guessed_rig(given)
@@ -116,14 +119,17 @@ def explain(
     uses = device_uses(file, machine, settings, placement, where, seen)
     findings += _numbering(machine, seen) if rig is not None and len(seen) > 1 else []
     findings += unread + refused + rule_findings(reports, loaded)
-    findings += engine_findings(pasted, model, settings)
+    findings += engine_findings(given, model, settings)
     findings += landing_findings(command, model, file.types, homes, where, names)
     findings += _room(file, uses, where)
     speed = predict(model, settings, machine, placement, file.types, where=where)
-    scale = calibration(measured_tps, speed) if measured_tps is not None else None
-    if scale is not None:
+    scale = None
+    if measured_tps is not None:
+        _require_bandwidths(model, machine, placement, where)
+        scale = calibration(measured_tps, speed)
         speed = predict(model, settings, machine, placement, file.types, where=where, scale=scale)
-    better, why = _better(file, rig, settings, uses, scale)
+    startable = replace(settings, fa=settings.fa or needs_flash_attention(settings))
+    better, why = _better(file, rig, startable, uses, scale)
     findings += why
     gain = _gain(file, machine, settings, placement, where, better)
     return Explanation(
@@ -192,7 +198,7 @@ def _where(
     model: Model,
     settings: Settings,
     homes: Homes,
-    rules: Sequence[tuple[re.Pattern[str], int]],
+    rules: Sequence[Rule],
     names: Sequence[str],
 ) -> dict[str, str]:
     where = {}
@@ -265,6 +271,22 @@ def _better(
         return place(file, rig, settings, scale=scale), []
     except InfeasibleBudget as err:
         return None, [Finding("error", f"no better line: {err}")]
+
+
+def _require_bandwidths(
+    model: Model, rig: Rig, placement: Placement, where: Mapping[str, str]
+) -> None:
+    """Refuse to calibrate what cannot be predicted, naming what is not known of the rig."""
+    unknown = of_unknown_bandwidth(model, rig, placement, where)
+    if not unknown:
+        return
+    cards = [d for d in unknown if d.kind == "gpu"]
+    mends = ["the cards by --gpus, like 1xrtx-3090"] if cards else []
+    mends += ["the CPU by --cpu (`quantmix rigs` lists both)"] if len(cards) < len(unknown) else []
+    raise UsageError(
+        f"--measured cannot calibrate: the bandwidth of {', '.join(d.name for d in unknown)} is "
+        f"not known; name {' and '.join(mends)}"
+    )
 
 
 def _gain(

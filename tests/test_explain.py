@@ -150,6 +150,30 @@ def test_a_measured_speed_calibrates_both_lines() -> None:
         explain(R1, r1(), None, THEN, measured_tps=12.0)
 
 
+@pytest.mark.parametrize("speed", [0.0, -4.0, float("nan"), float("inf")])
+def test_a_speed_that_nobody_measures_is_refused(speed: float) -> None:
+    """Not a number, negative and zero are named, not blamed on the rig."""
+    with pytest.raises(UsageError, match="give tokens/s, above zero"):
+        explain(R1, r1(), his_rig(), THEN, measured_tps=speed)
+
+
+def test_calibration_names_what_is_not_known_of_the_rig() -> None:
+    """RAM of an unknown platform, cards given by size, or both."""
+    line = "-ngl 99 -ot exps=CPU"
+    with pytest.raises(UsageError, match=r"bandwidth of CPU is not known; name the CPU by --cpu"):
+        explain(line, r1(), load_rig("1x3090-128g"), THEN, measured_tps=4.0)
+    sizes = with_ram(parse_gpus("2x24G"), "512G", None, None, False)
+    with pytest.raises(UsageError, match=r"GPU0, GPU1, CPU is not known; name the cards by --gpus"):
+        explain(line, r1(), sizes, THEN, measured_tps=4.0)
+
+
+def test_the_better_line_starts_where_the_pasted_one_does_not() -> None:
+    """A quantized V cache gets the flash attention that it needs."""
+    found = explain("-ngl 99 -fa off -ctv q8_0 -c 4096", qwen(), his_rig(), Settings())
+    assert said(found, "-ctv q8_0 needs flash attention")
+    assert "-fa on" in found.better_line
+
+
 def test_without_a_rig_it_still_tells_what_lands_where() -> None:
     """GPUs are counted from the line; sizes and a better line are missing, and it says so."""
     found = explain(R1, r1(), None, THEN)

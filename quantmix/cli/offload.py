@@ -42,6 +42,8 @@ def offload(
     desktop: Annotated[
         bool, typer.Option("--desktop", help="The first GPU also drives a desktop.")
     ] = False,
+    cpu: Annotated[str | None, typer.Option(help="CPU platform, for speed.")] = None,
+    cpu_cores: Annotated[int | None, typer.Option(help="Its physical cores.")] = None,
     at: Annotated[
         str | None, typer.Option(help="Take every matrix at this type (models without a file).")
     ] = None,
@@ -89,6 +91,8 @@ def offload(
         ram_reserve=ram_reserve,
         reserve=reserve,
         desktop=desktop,
+        cpu=cpu,
+        cpu_cores=cpu_cores,
         engine=engine,
         engine_build=engine_build,
         ctx=ctx,
@@ -249,7 +253,8 @@ def _rule_table(found: Explanation, out: Any) -> None:
         return
     table = Table("rule", "pattern", "to", "matches", "moves", "layers", title="overrides")
     for r in found.rules:
-        cells = (str(r.number), r.pattern, r.buffer, str(r.matched), str(r.won), r.layers or "-")
+        what = (r.option or r.pattern, r.buffer)
+        cells = (str(r.number), *what, str(r.matched), str(r.won), r.layers or "-")
         table.add_row(*(_plain(c) for c in cells))
     out.print(table)
 

@@ -12,9 +12,16 @@ from quantmix.emit.cmdline import CommandLine, Option, Override, split_overrides
 from quantmix.emit.ik import CRAM, FA_NEEDS_VALUE, FMOE_GONE
 from quantmix.emit.mainline import FA_NEEDS_VALUE as MAINLINE_FA_NEEDS_VALUE
 from quantmix.emit.mainline import FIT
-from quantmix.emit.simulate import Homes, are_shares, buffer_home, is_expert, main_gpu
+from quantmix.emit.simulate import (
+    Homes,
+    Rule,
+    are_shares,
+    buffer_home,
+    is_expert,
+    main_gpu,
+)
 from quantmix.errors import UsageError
-from quantmix.ggml.types import Engine, GgmlType
+from quantmix.ggml.types import Engine, GgmlType, table
 from quantmix.memory.model import HOST
 from quantmix.memory.settings import Settings
 from quantmix.models.model import Model, Tensor
@@ -42,6 +49,12 @@ _NUMBERS: Final[Mapping[str, tuple[int, int]]] = {
 _MAINLINE_WORDS: Final = (("ngl", "auto"), ("ngl", "all"), ("np", "-1"))
 _AMB_DEFAULT: Final = "2026-08-13"  # ik PR 2312: 256 MiB
 _MLA_DEFAULT: Final = "2025-11-12"  # ik: 3
+_OLD_MAINLINE_CTX: Final = 4096  # -c of mainline before PR 16653, which made it 0
+_SPLIT_MODES: Final[Mapping[Engine, tuple[str, ...]]] = {
+    "ik": ("none", "layer", "row", "attn", "graph"),
+    "mainline": ("none", "layer", "row", "tensor"),
+}
+_FOLLOWED_MODES: Final = ("none", "layer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +71,8 @@ class RuleReport:
     """What one override does.
 
     `matched` tensors hold the pattern, `won` of them are moved by it (the others were taken by
-    earlier rules: `taken_by`, rule number → count). `layers` lists the layers it moves.
+    earlier rules: `taken_by`, rule number → count). `layers` lists the layers it moves. `option`
+    is the flag that the engine makes such an override of, empty for an `-ot`.
     """
 
     number: int
@@ -68,17 +82,22 @@ class RuleReport:
     won: int
     layers: str
     taken_by: dict[int, int]
+    option: str = ""
 
 
-def settings_of(command: CommandLine, base: Settings) -> Settings:
-    """Return `base` with what the command line sets, engine defaults where it is silent."""
+def settings_of(command: CommandLine, base: Settings, ctx_train: int | None = None) -> Settings:
+    """Return `base` with what the command line sets, engine defaults where it is silent.
+
+    `ctx_train` is the model's trained context, which engines open without `-c`; where it is not
+    known, the context of `base` stands in for it.
+    """
     new_ik = base.engine == "ik" and base.build >= FA_NEEDS_VALUE
     fa_default = base.engine == "mainline" or new_ik
     fa_text = (command.value("fa") or "on").lower()
     batch, ubatch = command.integer("b") or 2048, command.integer("ub")
     ubatch = 512 if ubatch is None else ubatch or batch
     cram = command.integer("cram")
-    ctx = command.integer("c")
+    ctx = _opened(command, base) or ctx_train
     return replace(
         base,
         ctx=pad(ctx, 256) if ctx else base.ctx,
@@ -97,10 +116,20 @@ def settings_of(command: CommandLine, base: Settings) -> Settings:
 
 
 def readable(command: CommandLine, engine: Engine) -> tuple[CommandLine, list[Finding]]:
-    """Return the command without numbers that the engine does not take, and a finding for each."""
+    """Return the command without numbers that the engine does not take, and a finding for each.
+
+    `-c 32k` is taken as it is meant.
+    """
     findings: list[Finding] = []
     options: list[Option] = []
     for option in command.options:
+        meant = _thousands(option)
+        if meant:
+            text = f"{option.spelling} {option.value} is not a whole number and is read as "
+            text += f"{(option.value or '')[:-1]}: write {meant}, as it is taken here"
+            findings.append(Finding("error", text))
+            options.append(replace(option, value=str(meant)))
+            continue
         wrong = _unreadable(option, engine)
         if wrong:
             findings.append(Finding("error", f"{wrong}; taken as not given here"))
@@ -124,6 +153,8 @@ def clean(command: CommandLine, n_gpus: int) -> tuple[CommandLine, list[Finding]
             except UsageError as err:
                 findings.append(Finding("error", f"{err}; taken as not given here"))
                 continue
+        if option.name == "ts" and n_gpus:
+            findings += _idle_shares(option, n_gpus)
         if option.name != "ot":
             options.append(option)
             continue
@@ -141,7 +172,7 @@ def clean(command: CommandLine, n_gpus: int) -> tuple[CommandLine, list[Finding]
 
 
 def rule_reports(
-    rules: Sequence[tuple[re.Pattern[str], int]], names: Sequence[str], tensors: Sequence[Tensor]
+    rules: Sequence[Rule], names: Sequence[str], tensors: Sequence[Tensor]
 ) -> list[RuleReport]:
     """Report every rule (in the engine's order) over all tensors; `names` are GPU buffer names."""
     matched: Counter[int] = Counter()
@@ -149,7 +180,7 @@ def rule_reports(
     layers: dict[int, set[int]] = {}
     taken: dict[int, Counter[int]] = {}
     for t in tensors:
-        hits = [i for i, (regex, _) in enumerate(rules) if regex.search(t.name)]
+        hits = [i for i, r in enumerate(rules) if r.regex.search(t.name)]
         for i in hits:
             matched[i] += 1
             if i != hits[0]:
@@ -161,14 +192,15 @@ def rule_reports(
     return [
         RuleReport(
             number=i + 1,
-            pattern=regex.pattern,
-            buffer="CPU" if home == HOST else names[home],
+            pattern=rule.regex.pattern,
+            buffer="CPU" if rule.home == HOST else names[rule.home],
             matched=matched[i],
             won=won[i],
             layers=ranges(layers.get(i, ())),
             taken_by=dict(taken.get(i, {})),
+            option=rule.option,
         )
-        for i, (regex, home) in enumerate(rules)
+        for i, rule in enumerate(rules)
     ]
 
 
@@ -176,11 +208,10 @@ def rule_findings(reports: Sequence[RuleReport], tensors: Sequence[Tensor]) -> l
     """Dead and shadowed rules, and the traps of their patterns."""
     findings: list[Finding] = []
     for r in reports:
-        label = f"rule {r.number} ({r.pattern}={r.buffer})"
+        label = f"rule {r.number} ({r.option or f'{r.pattern}={r.buffer}'})"
         if r.matched == 0:
-            findings.append(
-                Finding("error", f"{label} never matches: no tensor has such a name", r.number)
-            )
+            why = "these layers have no experts" if r.option else "no tensor has such a name"
+            findings.append(Finding("error", f"{label} never matches: {why}", r.number))
         elif r.won == 0:
             by = ", ".join(f"rule {n}" for n in r.taken_by)
             findings.append(
@@ -201,7 +232,8 @@ def rule_findings(reports: Sequence[RuleReport], tensors: Sequence[Tensor]) -> l
                     r.number,
                 )
             )
-        findings += [Finding("warning", f"{label}: {x}", r.number) for x in _traps(r, tensors)]
+        traps = [] if r.option else _traps(r, tensors)
+        findings += [Finding("warning", f"{label}: {x}", r.number) for x in traps]
     return findings
 
 
@@ -230,6 +262,12 @@ def engine_findings(command: CommandLine, model: Model, settings: Settings) -> l
         found.append(
             Finding("note", "-amb does nothing here: with -fa it is for latent attention only")
         )
+    if needs_flash_attention(settings):
+        text = f"-ctv {settings.ctv} needs flash attention, which is off: no engine starts so"
+        found.append(Finding("error", f"{text}; write -fa on, or -ctv f16"))
+    found += _context_findings(command, model, settings)
+    found += _split_findings(command, settings.engine)
+    found += _unknown_findings(command)
     if h.is_mla and settings.mla and settings.fa and command.has("ctv") and ik:
         found.append(Finding("note", "-ctv does nothing here: latent attention caches K only"))
     if command.has("ser"):
@@ -247,6 +285,12 @@ def engine_findings(command: CommandLine, model: Model, settings: Settings) -> l
         text = "without CUDA_DEVICE_ORDER=PCI_BUS_ID, CUDA numbers cards fastest first and not as"
         found.append(Finding("warning", f"{text} nvidia-smi does: indices may mean other cards"))
     return found
+
+
+def needs_flash_attention(settings: Settings) -> bool:
+    """Whether the engine refuses these settings: a quantized V cache without flash attention."""
+    kind = table(settings.engine).get(settings.ctv)
+    return not settings.fa and kind is not None and kind.is_quantized
 
 
 def landing_findings(
@@ -329,6 +373,22 @@ def ranges(numbers: Iterable[int]) -> str:
     return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in parts)
 
 
+def _opened(command: CommandLine, settings: Settings) -> int:
+    """Tokens of context that the engine opens, 0 for as many as the model was trained with."""
+    given = command.integer("c")
+    if given is not None:
+        return given
+    old_mainline = settings.engine == "mainline" and settings.build < FIT
+    return _OLD_MAINLINE_CTX if old_mainline else 0
+
+
+def _thousands(option: Option) -> int:
+    """Tokens that a `-c 32k` means, 0 for any other option."""
+    if option.name not in ("c", "b", "ub") or not re.fullmatch(r"\d{1,6}[kK]", option.value or ""):
+        return 0
+    return int((option.value or "")[:-1]) * 1024
+
+
 def _integer(command: CommandLine, name: str, default: int) -> int:
     value = command.integer(name)
     return default if value is None else value
@@ -352,6 +412,57 @@ def _unreadable(option: Option, engine: Engine) -> str:
     if int(value) < least:
         return f"{given} must be {least} or more"
     return f"{given} must be {most} or less" if int(value) > most else ""
+
+
+def _context_findings(command: CommandLine, model: Model, settings: Settings) -> list[Finding]:
+    """What a missing `-c`, or `-c 0`, opens."""
+    if command.integer("c"):
+        return []
+    given = "-c 0" if command.integer("c") == 0 else "no -c"
+    trained = model.hparams.ctx_train
+    if _opened(command, settings):
+        text = f"{given}: this build opens {settings.ctx} tokens"
+    elif trained:
+        text = f"{given}: the engine opens the trained context, {trained} tokens"
+    else:
+        text = f"{given}: the engine opens the trained context, which is not known here"
+        text += f"; {settings.ctx} tokens are assumed"
+    return [Finding("note", f"{text}; write -c N for another")]
+
+
+def _split_findings(command: CommandLine, engine: Engine) -> list[Finding]:
+    """A `-sm` that the engine does not know, or that is not followed here."""
+    mode = command.value("sm")
+    if mode is None or mode in _FOLLOWED_MODES:
+        return []
+    known = _SPLIT_MODES[engine]
+    if mode not in known:
+        text = f"{engine} does not know -sm {mode}: it takes {', '.join(known)}"
+        return [Finding("error", f"{text}; taken as layer here")]
+    text = f"-sm {mode} spreads each layer over the GPUs, which is not modelled"
+    if mode == "row":
+        gone = "ik dropped it" if engine == "ik" else "it is deprecated"
+        text = f"{text} ({gone} in newer builds)"
+    return [Finding("warning", f"{text}: everything here is for -sm layer")]
+
+
+def _unknown_findings(command: CommandLine) -> list[Finding]:
+    """Flags that are not judged, as they are not known here."""
+    flags = dict.fromkeys(o.spelling for o in command.options if o.name == o.spelling)
+    if not flags:
+        return []
+    text = f"not known here, so not judged, and kept in a better line: {', '.join(flags)}"
+    return [Finding("note", text)]
+
+
+def _idle_shares(option: Option, n_gpus: int) -> list[Finding]:
+    """Shares of a `-ts` beyond the GPUs, which both engines pass over."""
+    n = len(CommandLine((option,)).tensor_split)
+    if n <= n_gpus:
+        return []
+    gpus = "1 GPU" if n_gpus == 1 else f"{n_gpus} GPUs"
+    text = f"{option.spelling} {option.value} has {n} shares, and the engine sees {gpus}"
+    return [Finding("warning", f"{text}: only the first {n_gpus} count")]
 
 
 def _refused(override: Override, n_gpus: int) -> str:

@@ -44,6 +44,19 @@ class Homes:
     output: int
 
 
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One override as the engine tries it: tensors whose name holds `regex` go to `home`.
+
+    `option` is the flag as typed (`--n-cpu-moe 10`) where the engine itself makes the regex of
+    it, empty for an `-ot`.
+    """
+
+    regex: re.Pattern[str]
+    home: int
+    option: str = ""
+
+
 def replay(
     flags: OffloadFlags | Sequence[str],
     model: Model,
@@ -186,24 +199,27 @@ def layer_homes(
 
 def override_rules(
     command: CommandLine, model: Model, settings: Settings, homes: Homes, n_gpus: int
-) -> list[tuple[re.Pattern[str], int]]:
-    """All overrides in the order the engine tries them: (regex, GPU index or HOST).
+) -> list[Rule]:
+    """All overrides in the order the engine tries them.
+
+    The engine makes one override per layer of a `-cmoe` or `-ncmoe`; here they are one rule, as
+    they stand together and have one home.
 
     Raises:
         UsageError: a regex, a buffer name or a number of layers that the engine refuses.
     """
     if command.integer("ngl") == 0:
         return []
-    ots: list[tuple[re.Pattern[str], int]] = []
-    moe: list[tuple[re.Pattern[str], int]] = []
+    ots: list[Rule] = []
+    moe: list[Rule] = []
     for option in command.options:
         if option.name == "ot":
             one = CommandLine((option,))
-            found = [(_regex(o.pattern), buffer_home(o.buffer, n_gpus)) for o in one.overrides]
-            ots += found
+            ots += [Rule(_regex(o.pattern), buffer_home(o.buffer, n_gpus)) for o in one.overrides]
         elif option.name in ("cmoe", "ncmoe"):
             n = 999 if option.name == "cmoe" else _moe_layers(option)
-            rules = [(_moe_regex(i), HOST) for i in _ncmoe_layers(n, model, settings, homes)]
+            layers = _ncmoe_layers(n, model, settings, homes)
+            rules = [_moe_rule(option, layers)] if layers else []
             if settings.engine == "ik":
                 moe = rules
             else:
@@ -264,12 +280,12 @@ def default_home(t: Tensor, homes: Homes) -> int:
     return homes.output
 
 
-def moved_home(name: str, home: int, rules: Sequence[tuple[re.Pattern[str], int]]) -> int:
-    """Home of a tensor after overrides: the first rule found in its name, else `home`."""
-    return next((there for regex, there in rules if regex.search(name)), home)
+def moved_home(name: str, home: int, rules: Sequence[Rule]) -> int:
+    """Home of a tensor after overrides: that of the first rule found in its name, else `home`."""
+    return next((r.home for r in rules if r.regex.search(name)), home)
 
 
-def head_home(model: Model, homes: Homes, rules: Sequence[tuple[re.Pattern[str], int]]) -> int:
+def head_home(model: Model, homes: Homes, rules: Sequence[Rule]) -> int:
     """Home of the matrix that gives the logits, a tied one's second tensor included."""
     return moved_home(head_name(model), homes.output, rules)
 
@@ -337,8 +353,11 @@ def _regex(pattern: str) -> re.Pattern[str]:
         raise UsageError(f"-ot pattern {pattern!r} is not a regex: {err}") from None
 
 
-def _moe_regex(layer: int) -> re.Pattern[str]:
-    return re.compile(rf"blk\.{layer}\.ffn_(up|down|gate|gate_up)_(ch|)exps")
+def _moe_rule(option: Option, layers: Sequence[int]) -> Rule:
+    """The overrides that an engine makes of a `-cmoe` or `-ncmoe`, as one."""
+    which = "|".join(map(str, sorted(layers)))
+    regex = re.compile(rf"blk\.({which})\.ffn_(up|down|gate|gate_up)_(ch|)exps")
+    return Rule(regex, HOST, " ".join(filter(None, (option.spelling, option.value))))
 
 
 def _label(rig: Rig, home: int) -> str:

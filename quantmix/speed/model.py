@@ -10,7 +10,7 @@ left out of the fit (narrower once `scale` carries one measured row of the machi
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from math import exp
+from math import exp, inf
 from typing import Final
 
 import numpy as np
@@ -114,9 +114,7 @@ def predict(
     A device of unknown bandwidth that holds weights gives an empty Speed.
     """
     where = where or planned(model, placement, rig, mtp=settings.mtp)
-    readers = _readers(model, rig, placement, where)
-    used = {readers[t.name] for t in model.tensors if t.name in where and _read_params(model, t)}
-    if any(d.bandwidth_gbs is None for d in rig.devices if d.name in used) or not used:
+    if not where or of_unknown_bandwidth(model, rig, placement, where):
         return Speed()
     seconds = plan_seconds(model, settings, rig, placement, mix, n_kv=n_kv, where=where)
     tps = (scale or 1.0) / seconds
@@ -125,8 +123,20 @@ def predict(
         tg_tps=tps,
         tg_low=tps / band,
         tg_high=tps * band,
-        pp_tps=_prompt_tps(model, settings, rig, readers, mix),
+        pp_tps=_prompt_tps(model, settings, rig, _readers(model, rig, placement, where), mix),
     )
+
+
+def of_unknown_bandwidth(
+    model: Model, rig: Rig, placement: Placement, where: Mapping[str, str]
+) -> list[Device]:
+    """Return the devices that are read for every token and whose bandwidth is not known.
+
+    `where` is the device name per tensor.
+    """
+    readers = _readers(model, rig, placement, where)
+    used = {readers[t.name] for t in model.tensors if t.name in where and _read_params(model, t)}
+    return [d for d in rig.devices if d.name in used and d.bandwidth_gbs is None]
 
 
 def plan_seconds(
@@ -164,10 +174,12 @@ def calibration(measured_tps: float, predicted: Speed) -> float:
     Raises:
         UsageError: nothing was predicted, or nothing sensible measured.
     """
-    if not predicted.tg_tps or measured_tps <= 0:
+    if not 0 < measured_tps < inf:
         raise UsageError(
-            "cannot calibrate: give a speed above zero for a rig whose cards and CPU are known"
+            f"a measured speed of {measured_tps:g} cannot calibrate: give tokens/s, above zero"
         )
+    if not predicted.tg_tps:
+        raise UsageError("cannot calibrate: no speed is predicted for a rig of unknown bandwidths")
     return measured_tps / predicted.tg_tps
 
 

@@ -48,6 +48,18 @@ def test_the_line_to_copy_is_all_of_stdout() -> None:
     assert len(result.stdout.strip().splitlines()) == 1
 
 
+def test_a_measured_speed_needs_the_cpu_and_takes_it() -> None:
+    """A rig of unknown RAM is refused by name; --cpu is the mend, and calibrates."""
+    args = ("qwen3-30b-a3b", "--at", "q4_K", "--rig", "1x3090-128g", "--json", "--lint")
+    args = (*args, "-ngl 99 -c 4096 -ot exps=CPU", "--measured", "4")
+    refused = run(*args)
+    assert refused.exit_code == 2
+    assert "--cpu" in refused.stderr
+    taken = run(*args, "--cpu", "desktop-ddr5-6000-2ch")
+    assert taken.exit_code == 0, taken.output
+    assert json.loads(taken.stdout)["speed"]["tg_tps"] == pytest.approx(4.0)
+
+
 def test_pasted_flags_as_json() -> None:
     """Findings, rules, devices and a better line."""
     result = run(

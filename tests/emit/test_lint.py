@@ -27,7 +27,7 @@ def texts(flags: str, name: str = "deepseek-r1", build: str = "2025-06-16") -> l
     """Everything the linter says about these flags on one 96G card."""
     model, rig = model_of(name), make_rig(96, 96)
     pasted, unread = readable(parse_text(flags), "ik")
-    setup = settings_of(pasted, Settings(build=build))
+    setup = settings_of(pasted, Settings(build=build), model.hparams.ctx_train)
     command, found = clean(pasted, 2)
     found += unread
     homes = layer_homes(command, model, setup, rig, sizes_of(name), [0, 1])
@@ -37,7 +37,7 @@ def texts(flags: str, name: str = "deepseek-r1", build: str = "2025-06-16") -> l
     where = replay(tokens, model, setup, rig, sizes_of(name))
     kinds = [types.get("q8_0")] * len(model.tensors)
     found += rule_findings(reports, model.tensors)
-    found += engine_findings(parse_text(flags), model, setup)
+    found += engine_findings(pasted, model, setup)
     found += landing_findings(command, model, kinds, homes, where, ["GPU0", "GPU1"])
     return [f.text for f in found]
 
@@ -76,11 +76,44 @@ def texts(flags: str, name: str = "deepseek-r1", build: str = "2025-06-16") -> l
         ("-amb -7", "-amb -7 must be 0 or more"),
         ("-cram -1", "no limit"),
         ("-ot exps=CUDA" + "9" * 5000, "the engine knows"),
+        ("-ts 1,1,1", "-ts 1,1,1 has 3 shares, and the engine sees 2 GPUs"),
+        ("-sm graph", "-sm graph spreads each layer over the GPUs"),
+        ("-sm tensor", "ik does not know -sm tensor: it takes none, layer, row, attn, graph"),
+        ("--frobnicate 3 --temp 0.6", "not known here, so not judged"),
+        ("-fa off -ctv q8_0", "-ctv q8_0 needs flash attention, which is off"),
+        ("-ctv q8_0", "write -fa on, or -ctv f16"),
+        ("-ngl 99", "no -c: the engine opens the trained context, 163840 tokens"),
+        ("-c 0", "-c 0: the engine opens the trained context, 163840 tokens"),
+        ("-c 64k", "is read as 64: write 65536"),
     ],
 )
 def test_what_users_get_wrong_is_said(flags: str, said: str) -> None:
     """Each mistake of the field is named in one sentence."""
     assert any(said in t for t in texts(flags)), texts(flags)
+
+
+def test_flags_in_order_are_not_complained_about() -> None:
+    """Nothing is said of a quantized V with flash attention, known flags, or -sm layer."""
+    found = texts("-fa -ctv q8_0 -ts 1,1 -sm layer -c 4096 --host 0.0.0.0", "qwen3-235b-a22b")
+    for said in ("flash attention", "shares", "not known here", "-sm", "-c "):
+        assert not any(said in t for t in found), found
+
+
+@pytest.mark.parametrize("flags", ["--cpu-moe", "-ncmoe 5", "-ncmoe 61"])
+@pytest.mark.parametrize("build", ["2025-06-16", "2026-08-15"])
+def test_the_regex_that_an_engine_makes_of_a_flag_is_not_judged(flags: str, build: str) -> None:
+    """-cmoe and -ncmoe are one rule each, named as typed, with none of the traps of patterns."""
+    assert not any("rule" in t for t in texts(flags, build=build))
+    found = texts(f"{flags} -ot exps=CUDA0", build=build)
+    assert any(f"rule 2 ({flags}) never takes effect" in t for t in found), found
+
+
+def test_a_flag_for_experts_does_nothing_where_there_are_none() -> None:
+    """-ncmoe on a dense model, or on the dense first layers of R1, is told in its own words."""
+    said = "rule 1 (-ncmoe 2) never matches: these layers have no experts"
+    assert said in texts("-ncmoe 2", "llama-3.1-70b-instruct")
+    assert said in texts("-ncmoe 2")
+    assert not any("rule" in t for t in texts("-ncmoe 0"))
 
 
 def test_a_dot_without_backslash_is_told_only_when_it_matters() -> None:
@@ -147,6 +180,17 @@ def test_settings_come_from_the_line() -> None:
     new = settings_of(parse_text(""), Settings())
     assert (new.mla, new.amb, new.fa, new.cram_mib) == (3, 256, True, 8192)
     assert settings_of(parse_text(""), Settings(build="2025-06-16")).fa is False
+
+
+def test_without_c_the_engine_opens_what_it_opens() -> None:
+    """The trained context, of old mainline builds 4096; what is stated where nothing is known."""
+    for flags in ("", "-c 0"):
+        assert settings_of(parse_text(flags), Settings(), 40960).ctx == 40960
+        assert settings_of(parse_text(flags), Settings(ctx=8192)).ctx == 8192
+    old = Settings(engine="mainline", build="2025-11-01")
+    assert settings_of(parse_text(""), old, 40960).ctx == 4096
+    assert settings_of(parse_text("-c 0"), old, 40960).ctx == 40960
+    assert settings_of(readable(parse_text("-c 64k"), "ik")[0], Settings(), 40960).ctx == 65536
 
 
 def test_what_cannot_be_read_is_taken_as_not_given() -> None:
