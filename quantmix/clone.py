@@ -56,7 +56,7 @@ def import_rules(
         BadFile: the file cannot be read.
         UsageError: a line is no rule, or tensors are matched by none and there is no default.
     """
-    found = resolve_rules(read_rules(file).splitlines(), model, engine)
+    found = resolve_rules(read_rules(file).splitlines(), model, engine, source=str(file))
     bare = [t.name for t in model.tensors if t.quantizable and t.name not in found]
     if bare and default is None:
         raise UsageError(

@@ -3,47 +3,54 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+import shlex
+from collections.abc import Iterable, Iterator, Sequence
 
 from quantmix.errors import UsageError
-from quantmix.ggml.types import Engine, table
+from quantmix.ggml.types import Engine, spelled, table
 from quantmix.models.model import Model
 
 _COMMENT = re.compile(r"(^|\s)#.*$")
+_FLAG = re.compile(r"^--(custom-q|tensor-type)(?:=(.*))?$", re.DOTALL)
+_HAS_FLAG = re.compile(r"(^|\s)--(custom-q|tensor-type)(?=[\s=]|$)")
 
 
-def parse_rules(lines: Iterable[str], engine: Engine = "ik") -> list[tuple[re.Pattern[str], str]]:
+def parse_rules(
+    lines: Iterable[str], engine: Engine = "ik", *, source: str = ""
+) -> list[tuple[re.Pattern[str], str]]:
     """Return (regex, type) in order. Blank lines and `#` comments are skipped.
 
-    A line may hold several rules joined by commas, as in ik's `--custom-q`. Types may be written
-    in any case; they come back spelled as the engine spells them. Patterns for mainline are
-    lowercased, as mainline does (tools/quantize/quantize.cpp parse_tensor_type).
+    A line may hold several rules joined by commas, as in ik's `--custom-q`; it may also be a
+    pasted command, of which the values of `--custom-q` and `--tensor-type` count, quotes and
+    backslashes read as a shell reads them. Types may be written in any case; they come back
+    spelled as the engine spells them. Patterns for mainline are lowercased, as mainline does
+    (tools/quantize/quantize.cpp parse_tensor_type). `source` is the file to name in errors.
 
     Raises:
         UsageError: a line is not a rule, its regex is malformed, or the type is unknown.
     """
-    spelled = {name.lower(): name for name in table(engine)}
     rules = []
-    for number, line in enumerate(lines, 1):
-        text = _COMMENT.sub("", line).strip()
-        for part in filter(None, (p.strip() for p in text.split(","))):
-            pattern, sep, name = part.rpartition("=")
-            if not sep or not pattern:
-                raise UsageError(f"line {number}: {part!r} is not a rule: write regex=type")
-            qtype = name.strip()
-            if qtype not in table(engine):
-                qtype = spelled.get(qtype.lower(), "")
-            if not qtype:
-                raise UsageError(f"line {number}: {engine} has no type {name.strip()!r}")
-            try:
-                text_of = pattern.lower() if engine == "mainline" else pattern
-                rules.append((re.compile(text_of), qtype))
-            except re.error as err:
-                raise UsageError(f"line {number}: regex {pattern!r} is malformed: {err}") from err
+    for number, part in _parts(list(lines), source):
+        where = _where(source, number)
+        pattern, sep, name = part.rpartition("=")
+        if not sep or not pattern:
+            raise UsageError(f"{where}: {part!r} is not a rule: write regex=type")
+        qtype = spelled(name.strip(), engine)
+        if qtype not in table(engine):
+            raise UsageError(
+                f"{where}: {engine} has no type {name.strip()!r}: see `quantmix types`"
+            )
+        try:
+            text_of = pattern.lower() if engine == "mainline" else pattern
+            rules.append((re.compile(text_of), qtype))
+        except re.error as err:
+            raise UsageError(f"{where}: regex {pattern!r} is malformed: {err}") from err
     return rules
 
 
-def resolve_rules(lines: Iterable[str], model: Model, engine: Engine = "ik") -> dict[str, str]:
+def resolve_rules(
+    lines: Iterable[str], model: Model, engine: Engine = "ik", *, source: str = ""
+) -> dict[str, str]:
     """Return the type that the rules ask for, by tensor name; the first match wins, un-anchored.
 
     Tensors that no rule matches are left out. Fallbacks are not applied (`ggml.types.resolve`).
@@ -51,7 +58,7 @@ def resolve_rules(lines: Iterable[str], model: Model, engine: Engine = "ik") -> 
     Raises:
         UsageError: as `parse_rules`.
     """
-    rules = parse_rules(lines, engine)
+    rules = parse_rules(lines, engine, source=source)
     found = {}
     for tensor in model.tensors:
         qtype = next((q for pattern, q in rules if pattern.search(tensor.name)), None)
@@ -82,3 +89,47 @@ def taken_by_accident(lines: Iterable[str], model: Model, engine: Engine = "ik")
         "begin the first with ^ if that is not meant"
         for (first, later), names in taken.items()
     ]
+
+
+def _parts(lines: Sequence[str], source: str) -> Iterator[tuple[int, str]]:
+    """Yield every rule as (number of its line, text), those of pasted commands included."""
+    texts = [_COMMENT.sub("", line).strip() for line in lines]
+    at = 0
+    while at < len(texts):
+        end = at + 1
+        while end < len(texts) and texts[end - 1].endswith("\\"):
+            end += 1
+        if any(_HAS_FLAG.search(t) for t in texts[at:end]):
+            words, end = _words(texts, at, end, source)
+            values = _values(words)
+        else:
+            end = at + 1
+            values = [texts[at]]
+        for part in filter(None, (p.strip() for v in values for p in re.split(r"[,\n]", v))):
+            yield next((i + 1 for i in range(at, end) if part in texts[i]), at + 1), part
+        at = end
+
+
+def _words(texts: Sequence[str], at: int, end: int, source: str) -> tuple[list[str], int]:
+    """Split the command that begins at line `at` as a shell does; quotes may reach beyond `end`."""
+    while True:
+        try:
+            return shlex.split(re.sub(r"\\\n|\\$", " ", "\n".join(texts[at:end]))), end
+        except ValueError:
+            if end == len(texts):
+                raise UsageError(f"{_where(source, at + 1)}: its quotes do not pair") from None
+            end += 1
+
+
+def _values(words: Sequence[str]) -> list[str]:
+    """Return the values of `--custom-q` and `--tensor-type` among the words of a command."""
+    values = []
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        match = _FLAG.match(word)
+        if match:
+            values.append(following if match[2] is None else match[2])
+    return values
+
+
+def _where(source: str, number: int) -> str:
+    return f"{source}, line {number}" if source else f"line {number}"

@@ -151,6 +151,14 @@ def get(name: str, engine: Engine = "ik") -> GgmlType:
     return known[name]
 
 
+def spelled(name: str, engine: Engine = "ik") -> str:
+    """Return a type's name as the engine spells it when it is given in another case, else as is."""
+    known = table(engine)
+    if name in known:
+        return name
+    return next((k for k in known if k.lower() == name.lower()), name)
+
+
 def resolve(name: str, tensor: str, shape: tuple[int, ...], engine: Engine = "ik") -> GgmlType:
     """Return the type that `engine` really writes when asked for `name` on a tensor.
 

@@ -197,8 +197,13 @@ def _draw_frontier(axes: Any, frontier: dict[str, Any], unit: int) -> None:
 
 
 def role_grid(recipe: Recipe) -> tuple[list[str], list[list[float]], list[list[str]]]:
-    """Return roles, their bits per weight per layer (nan where absent) and their type names."""
-    blocks = [t for t in recipe.tensors if t.layer is not None and not t.type.startswith("f")]
+    """Return roles, their bits per weight per layer (nan where absent) and their type names.
+
+    Floats are left out, unless the recipe has nothing else: then its matrices are shown.
+    """
+    layered = [t for t in recipe.tensors if t.layer is not None]
+    blocks = [t for t in layered if not t.type.startswith("f")]
+    blocks = blocks or [t for t in layered if len(t.shape) > 1]
     n_layers = max((t.layer or 0 for t in blocks), default=0) + 1
     roles = list(dict.fromkeys(t.role for t in blocks))
     index = {role: i for i, role in enumerate(roles)}

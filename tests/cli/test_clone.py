@@ -266,3 +266,27 @@ def test_clone_of_a_really_quantized_file_makes_the_same_file(tmp_path: Path) ->
         (t.name, t.type.name, t.n_bytes) for t in b.tensors
     ]
     assert out["size"]["tensor_bytes"] == sum(t.n_bytes for t in b.tensors)
+
+
+@pytest.mark.parametrize("name", ["f16", "bf16", "f32"])
+def test_a_file_without_quantized_tensors_is_cloned(name: str, tmp_path: Path) -> None:
+    """The recipe asks for the float type everywhere, and its figure shows the matrices."""
+    model = load_model("qwen3-0.6b")
+    path = tmp_path / "m.gguf"
+    write_ghost(path, model, lambda t: name if t.quantizable else "f32")
+    out = doc("clone", str(path), "--out", str(tmp_path / "r"))
+    assert (Path(out["recipe"]) / "types.png").stat().st_size > 0
+    assert out["quality"]["damage"] == 0.0
+    assert {split_rule(r)[1] for r in out["rules"]} == {name}
+
+
+def test_errors_of_a_rules_file_name_it(tmp_path: Path) -> None:
+    """The file and the line; a pasted command is a rules file too."""
+    file = tmp_path / "mine.recipe"
+    file.write_text(".*=q8_0\nblk.(=q4_K\n")
+    result = run.invoke(app, ["import", str(file), "--model", "qwen3-0.6b"])
+    assert result.exit_code == 2
+    assert "mine.recipe, line 2: regex" in result.stderr
+    file.write_text("--custom-q 'token_embd=q8_0,.*=IQ4_KS' \\\n")
+    out = doc("import", str(file), "--model", "qwen3-0.6b", "--out", str(tmp_path / "r"))
+    assert set(out["types"]) == {"q8_0", "iq4_ks", "f32"}

@@ -34,6 +34,35 @@ def test_broken_lines_name_themselves(line: str) -> None:
     with pytest.raises(UsageError, match="line 2"):
         parse_rules(["# fine", line])
 
+    with pytest.raises(UsageError, match=r"^my\.recipe, line 2"):
+        parse_rules(["# fine", line], source="my.recipe")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '--custom-q "blk\\..*\\.ffn_up=iq2_k,output\\.weight=q8_0"',
+        "--custom-q 'blk\\..*\\.ffn_up=IQ2_K,output\\.weight=Q8_0' \\",
+        '--custom-q="blk\\..*\\.ffn_up=iq2_k,\noutput\\.weight=q8_0"',
+        '--tensor-type "blk\\..*\\.ffn_up=iq2_k" --tensor-type "output\\.weight=q8_0"',
+        "./llama-quantize --imatrix a=b.dat \\\n --tensor-type 'blk\\..*\\.ffn_up=iq2_k' \\\n"
+        " --tensor-type 'output\\.weight=q8_0' \\\n in.gguf out.gguf Q4_K 16",
+        "blk\\..*\\.ffn_up=iq2_k\n--tensor-type 'output\\.weight=q8_0'",
+    ],
+)
+def test_pasted_commands_give_their_rules(text: str) -> None:
+    """What people post is read as a shell reads it; other words of the command are left alone."""
+    found = [(r.pattern, q) for r, q in parse_rules(text.splitlines())]
+    assert found == [(r"blk\..*\.ffn_up", "iq2_k"), (r"output\.weight", "q8_0")]
+
+
+def test_mistakes_in_pasted_commands_have_their_line() -> None:
+    """The line that holds the rule; quotes that never close."""
+    with pytest.raises(UsageError, match="line 3: ik has no type 'q9_9'"):
+        parse_rules(["# mine", "--custom-q 'a=q8_0,", "b=q9_9'"])
+    with pytest.raises(UsageError, match="line 1: its quotes do not pair"):
+        parse_rules(["--custom-q 'a=q8_0", "b=q4_K"])
+
 
 @given(st.lists(st.text(max_size=20), max_size=4))
 def test_any_text_parses_or_is_a_usage_error(lines: list[str]) -> None:
