@@ -7,8 +7,8 @@ kernels) is applied here, before the solver sees anything.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -73,8 +73,9 @@ def build(model: Model, loss: LossModel, engine: Engine, limits: TypeLimits) -> 
     Raises:
         UnknownName: a type that the engine does not have.
         UsageError: a type that cannot be written, or not without an imatrix; a bad regex, a rule
-            that matches nothing.
+            that matches nothing, a pin below a floor.
     """
+    limits = _as_spelled(limits, engine)
     asked = _asked(engine, limits)
     pins = [_rule(text, name, engine, limits, "--pin") for text, name in limits.pins]
     floors = [_rule(text, name, engine, limits, "--floor") for text, name in limits.floors]
@@ -101,8 +102,11 @@ def build(model: Model, loss: LossModel, engine: Engine, limits: TypeLimits) -> 
                 allowed[i, index[mine[name].name]] = True
     damage = np.asarray(loss.damage(model, columns), dtype=np.float64)
     constraints = list(_guard(model, columns, allowed))
-    constraints += _floor(model, floors, written, index, damage, allowed, n_bytes)
-    constraints += _pin(model, pins, written, index, allowed)
+    worst = _floor(model, floors, written, index, damage, allowed, n_bytes)
+    constraints += [f"floor {pattern.pattern}={name}" for pattern, name in floors]
+    targets = _pin(model, pins, written, index, allowed)
+    _require_floors(model, pins, floors, targets, damage, worst)
+    constraints += [f"pin {pattern.pattern}={name}" for pattern, name in pins]
     fallbacks = sorted(
         {columns[q].name for q in np.nonzero(allowed.any(axis=0))[0]}
         - asked_names
@@ -118,6 +122,16 @@ def build(model: Model, loss: LossModel, engine: Engine, limits: TypeLimits) -> 
         cpu=np.array([limits.allow_slow_cpu or not t.slow_cpu for t in columns]),
         constraints=tuple(constraints),
         fallbacks=tuple(fallbacks),
+    )
+
+
+def _as_spelled(limits: TypeLimits, engine: Engine) -> TypeLimits:
+    """Spell the types as the engine does: people write Q4_K and IQ3_K."""
+    return replace(
+        limits,
+        types=tuple(ggml.spelled(name, engine) for name in limits.types),
+        pins=tuple((text, ggml.spelled(name, engine)) for text, name in limits.pins),
+        floors=tuple((text, ggml.spelled(name, engine)) for text, name in limits.floors),
     )
 
 
@@ -222,10 +236,13 @@ def _pin(
     written: dict[tuple[int, int, bool], dict[str, GgmlType]],
     index: dict[str, int],
     allowed: NDArray[np.bool_],
-) -> list[str]:
-    """Leave pinned tensors one option; the first pin that matches wins, as in the engines."""
-    done: set[int] = set()
-    for pattern, name in pins:
+) -> dict[int, tuple[int, int]]:
+    """Leave pinned tensors one option; the first pin that matches wins, as in the engines.
+
+    Returns (pin, column) by tensor.
+    """
+    done: dict[int, tuple[int, int]] = {}
+    for number, (pattern, name) in enumerate(pins):
         hits = [i for i in _matching(model, (pattern, name), "--pin", allowed) if i not in done]
         for i in hits:
             t = model.tensors[i]
@@ -234,8 +251,8 @@ def _pin(
                 raise UsageError(f"--pin {name} cannot be written to {t.name}: rows of {t.ncols}")
             allowed[i] = False
             allowed[i, index[target.name]] = True
-        done.update(hits)
-    return [f"pin {pattern.pattern}={name}" for pattern, name in pins]
+            done[i] = number, index[target.name]
+    return done
 
 
 def _floor(
@@ -246,9 +263,13 @@ def _floor(
     damage: NDArray[np.float64],
     allowed: NDArray[np.bool_],
     n_bytes: NDArray[np.int64],
-) -> list[str]:
-    """Take away the options of floored tensors that do more damage than the floor type."""
-    for pattern, name in floors:
+) -> dict[int, list[tuple[int, float]]]:
+    """Take away the options of floored tensors that do more damage than the floor type.
+
+    Returns (floor, most damage in nats) by tensor.
+    """
+    most: dict[int, list[tuple[int, float]]] = {}
+    for number, (pattern, name) in enumerate(floors):
         for i in _matching(model, (pattern, name), "--floor", allowed):
             target = written[_row_key(model.tensors[i])].get(name)
             if target is None:
@@ -258,7 +279,27 @@ def _floor(
             if not keep.any():
                 keep[index[target.name]] = True
             allowed[i] = keep
-    return [f"floor {pattern.pattern}={name}" for pattern, name in floors]
+            most.setdefault(i, []).append((number, float(worst)))
+    return most
+
+
+def _require_floors(
+    model: Model,
+    pins: Sequence[tuple[re.Pattern[str], str]],
+    floors: Sequence[tuple[re.Pattern[str], str]],
+    targets: Mapping[int, tuple[int, int]],
+    damage: NDArray[np.float64],
+    most: Mapping[int, Sequence[tuple[int, float]]],
+) -> None:
+    """Refuse a pin that does more damage than a floor on the same tensor lets it."""
+    for i, (pin, column) in targets.items():
+        for floor, worst in most.get(i, ()):
+            if damage[i, column] > worst:
+                (one, name), (other, least) = pins[pin], floors[floor]
+                raise UsageError(
+                    f"--pin {one.pattern}={name} is below --floor {other.pattern}={least} on "
+                    f"{model.tensors[i].name}: both cannot hold, drop one"
+                )
 
 
 def _guard(model: Model, columns: Sequence[GgmlType], allowed: NDArray[np.bool_]) -> list[str]:

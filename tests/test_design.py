@@ -115,6 +115,30 @@ def test_only_the_types_asked_for_are_used(r1: Model) -> None:
         assert any("iq4_nl" in w for w in made.quality.warnings)
 
 
+def test_types_may_be_written_in_any_case(small: Model) -> None:
+    """As people and file names write them; the recipe has the engine's spelling."""
+    limits = TypeLimits(
+        types=("Q4_K", "IQ3_K", "q8_0"),
+        pins=(("attn_k", "Q6_k"),),
+        floors=(("token_embd", "IQ4_KS"),),
+    )
+    made = run(small, Budget.from_size("5.5bpw"), Options(limits=limits)).recipe
+    assert {"pin attn_k=q6_K", "floor token_embd=iq4_ks"} <= set(made.optimality.constraints)
+    assert {t.type for t in made.tensors} <= {"q4_K", "iq3_k", "q8_0", "q6_K", "iq4_ks", "f32"}
+
+
+def test_a_pin_below_a_floor_is_refused(small: Model) -> None:
+    """Both cannot hold; a pin at the floor or above it can."""
+    floors = (("ffn_down", "q6_K"),)
+    below = TypeLimits(pins=(("ffn_down", "q4_K"),), floors=floors)
+    with pytest.raises(UsageError, match="--pin ffn_down=q4_K is below --floor ffn_down=q6_K"):
+        run(small, Budget.from_size("5bpw"), Options(limits=below))
+    for name in ("q6_K", "q8_0"):
+        above = TypeLimits(pins=(("ffn_down", name),), floors=floors)
+        made = run(small, Budget.from_size("6.8bpw"), Options(limits=above)).recipe
+        assert {t.type for t in made.tensors if t.role == "ffn_down"} == {name}
+
+
 def test_damage_never_rises_with_the_budget(r1: Model) -> None:
     """More memory never predicts a worse model, and at last everything is at its best type."""
     last = np.inf
