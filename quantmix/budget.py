@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, replace
+from datetime import date
 from typing import Any, Final
 
 from quantmix.errors import UsageError
 from quantmix.memory.plan import DESKTOP_BYTES
-from quantmix.memory.settings import NEWEST_BUILD, Settings
+from quantmix.memory.settings import NEWEST_BUILD, OLDEST_BUILD, Settings
 from quantmix.rig.device import Rig
 from quantmix.units import pad, parse_bpw, parse_size
 
@@ -109,18 +109,42 @@ def make_settings(engine: str = "ik", build: str | None = None, **values: Any) -
         UsageError: a value makes no sense.
     """
     if engine not in NEWEST_BUILD:
-        raise UsageError(f"unknown engine {engine!r}: ik or mainline")
+        raise UsageError(f"unknown engine {engine!r}: one of {', '.join(NEWEST_BUILD)}")
     known = {k: v for k, v in values.items() if v is not None}
     settings = Settings(engine=engine, build=build or NEWEST_BUILD[engine], **known)
     _check_numbers(settings)
-    if not re.fullmatch(r"\d{4}-\d{2}-\d{2}", settings.build):
-        raise UsageError(f"--engine-build {settings.build!r} is not a date like 2026-08-15")
+    if known.get("batch", settings.ubatch) < settings.ubatch:
+        raise UsageError(
+            f"--batch {settings.batch} is smaller than --ubatch {settings.ubatch}, and the engines "
+            f"use the smaller: write --batch {settings.ubatch}, or leave it out"
+        )
+    _check_build(settings)
     _check_cache_types(settings)
     return replace(
         settings,
         ctx=pad(settings.ctx, 256),
         batch=max(settings.batch, settings.ubatch),
     )
+
+
+def _check_build(settings: Settings) -> None:
+    """Refuse what is no date, and dates of which nothing can be known."""
+    flag = f"--engine-build {settings.build[:40]!r}"
+    try:
+        wrong = date.fromisoformat(settings.build).isoformat() != settings.build
+    except ValueError:
+        wrong = True
+    newest = NEWEST_BUILD[settings.engine]
+    if wrong:
+        raise UsageError(f"{flag} is not a date like {newest}")
+    if settings.build < OLDEST_BUILD:
+        raise UsageError(
+            f"{flag} is older than what is known of the engines, from {OLDEST_BUILD} on"
+        )
+    if settings.build > max(newest, date.today().isoformat()):
+        raise UsageError(
+            f"{flag} is in the future: leave it out for the newest known build, {newest}"
+        )
 
 
 def _check_numbers(settings: Settings) -> None:

@@ -16,7 +16,7 @@ from quantmix.budget import ANY_VRAM_BYTES, Budget
 from quantmix.design import Design, Options, run
 from quantmix.emit.folder import write_folder
 from quantmix.engine.ghost import CheckResult, DryCheck, dry_run, static_problems
-from quantmix.errors import CheckFailed, UsageError
+from quantmix.errors import CheckFailed, EngineError, UsageError
 from quantmix.files import write_text
 from quantmix.loss.model import LossModel
 from quantmix.models import trained
@@ -157,7 +157,10 @@ def fulfil(
     else:
         with dry_run(recipe, model) as engine:
             _prepare_figures()
-            check = _checked(recipe, model, engine)
+            try:
+                check = _checked(recipe, model, engine)
+            except EngineError as err:
+                raise EngineError(f"{err}: {_other_ways(recipe, model)}") from err
         if not check.ok:
             first = check.problems[0]
             raise CheckFailed(
@@ -182,6 +185,15 @@ def fulfil(
             *_profile_note(request, model, found),
             *written.notes,
         ),
+    )
+
+
+def _other_ways(recipe: Recipe, model: Model) -> str:
+    """What to do where an engine fails on a ghost, as on an architecture that it does not know."""
+    other = "mainline" if recipe.engine.name == "ik" else "ik"
+    return (
+        f"if it does not know {model.arch}, use --engine {other}; "
+        "--no-check writes the recipe without asking it"
     )
 
 

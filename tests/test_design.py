@@ -13,7 +13,7 @@ import pytest
 import quantmix as qm
 from quantmix.budget import Budget
 from quantmix.design import Options, run
-from quantmix.errors import InfeasibleBudget, UnknownName, UsageError
+from quantmix.errors import EngineError, InfeasibleBudget, UnknownName, UsageError
 from quantmix.models.model import Model
 from quantmix.palette import TypeLimits
 from quantmix.recipe import Recipe
@@ -196,14 +196,34 @@ def test_another_engine_keeps_the_launch_settings(small: Model) -> None:
         ({"amb": -7}, "--amb -7 must not be negative"),
         ({"cram_mib": -1}, "--cram -1 must not be negative"),
         ({"mla": 7}, "--mla 7"),
+        ({"ubatch": 4096, "batch": 512}, "--batch 512 is smaller than --ubatch 4096"),
+        ({"build": "2020-01-01"}, "older than what is known"),
+        ({"build": "2099-01-01"}, "in the future"),
+        ({"build": "2026-02-30"}, "is not a date"),
+        ({"engine": "foo"}, "unknown engine 'foo': one of ik, mainline"),
     ],
 )
 def test_launch_numbers_that_no_budget_can_hold_are_refused(
-    settings: dict[str, int], words: str
+    settings: dict[str, Any], words: str
 ) -> None:
     """A negative cache would give memory back; each number is refused by its flag's name."""
     with pytest.raises(UsageError, match=words):
         Budget.from_vram("9G", **settings)
+
+
+def test_an_engine_that_fails_on_a_recipe_names_other_ways(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """An architecture that one engine does not know: the other engine, or no check."""
+    from quantmix import request
+
+    def failed(*_: object) -> None:
+        raise EngineError("llama-quantize --dry-run ended with -6: GGML_ASSERT")
+
+    monkeypatch.setattr(request, "_checked", failed)
+    asked = request.Request("qwen3-0.6b", vram="9G", out=tmp_path)
+    with pytest.raises(EngineError, match=r"GGML_ASSERT: .* qwen3, use --engine mainline; --no-ch"):
+        request.fulfil(asked)
 
 
 def test_pins_and_floors_hold(small: Model) -> None:
@@ -223,7 +243,7 @@ def test_pins_and_floors_hold(small: Model) -> None:
 @pytest.mark.parametrize(
     ("limits", "error", "words"),
     [
-        (TypeLimits(types=("q6_k",)), UnknownName, "q6_K"),
+        (TypeLimits(types=("q6_kk",)), UnknownName, "q6_K"),
         (TypeLimits(types=("q8_1",)), UsageError, "q8_1"),
         (TypeLimits(pins=(("nosuch", "q8_0"),)), UsageError, "matches no"),
         (TypeLimits(pins=(("(", "q8_0"),)), UsageError, "regular expression"),

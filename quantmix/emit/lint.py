@@ -94,15 +94,14 @@ def settings_of(command: CommandLine, base: Settings, ctx_train: int | None = No
     new_ik = base.engine == "ik" and base.build >= FA_NEEDS_VALUE
     fa_default = base.engine == "mainline" or new_ik
     fa_text = (command.value("fa") or "on").lower()
-    batch, ubatch = command.integer("b") or 2048, command.integer("ub")
-    ubatch = 512 if ubatch is None else ubatch or batch
+    batch, ubatch = _batches(command)
     cram = command.integer("cram")
     ctx = _opened(command, base) or ctx_train
     return replace(
         base,
         ctx=pad(ctx, 256) if ctx else base.ctx,
-        ubatch=ubatch,
-        batch=max(batch, ubatch),
+        ubatch=min(ubatch, batch),
+        batch=batch,
         ctk=command.value("ctk") or "f16",
         ctv=command.value("ctv") or "f16",
         parallel=command.integer("np") or 1,
@@ -266,6 +265,10 @@ def engine_findings(command: CommandLine, model: Model, settings: Settings) -> l
         text = f"-ctv {settings.ctv} needs flash attention, which is off: no engine starts so"
         found.append(Finding("error", f"{text}; write -fa on, or -ctv f16"))
     found += _context_findings(command, model, settings)
+    batch, ubatch = _batches(command)
+    if ubatch > batch:
+        text = f"-ub {ubatch} is more than -b {batch}, and the engine uses {batch}"
+        found.append(Finding("warning", f"{text}: write -b {ubatch} too"))
     found += _split_findings(command, settings.engine)
     found += _unknown_findings(command)
     if h.is_mla and settings.mla and settings.fa and command.has("ctv") and ik:
@@ -380,6 +383,12 @@ def _opened(command: CommandLine, settings: Settings) -> int:
         return given
     old_mainline = settings.engine == "mainline" and settings.build < FIT
     return _OLD_MAINLINE_CTX if old_mainline else 0
+
+
+def _batches(command: CommandLine) -> tuple[int, int]:
+    """Batch and ubatch as given; engines use the smaller of both as ubatch, `-ub 0` means `-b`."""
+    batch, ubatch = command.integer("b") or 2048, command.integer("ub")
+    return batch, 512 if ubatch is None else ubatch or batch
 
 
 def _thousands(option: Option) -> int:

@@ -84,6 +84,7 @@ def texts(flags: str, name: str = "deepseek-r1", build: str = "2025-06-16") -> l
         ("-ctv q8_0", "write -fa on, or -ctv f16"),
         ("-ngl 99", "no -c: the engine opens the trained context, 163840 tokens"),
         ("-c 0", "-c 0: the engine opens the trained context, 163840 tokens"),
+        ("-ub 4096", "-ub 4096 is more than -b 2048, and the engine uses 2048"),
         ("-c 64k", "is read as 64: write 65536"),
     ],
 )
@@ -173,9 +174,12 @@ def test_mainline_does_not_know_flags_of_ik() -> None:
 
 
 def test_settings_come_from_the_line() -> None:
-    """Context is padded, batch is at least ubatch, and silence means the build's default."""
-    got = settings_of(parse_text("-c 40000 -ub 4096 -ctk q8_0 -fa"), Settings(build="2025-06-16"))
+    """Context is padded, ubatch is at most batch, and silence means the build's default."""
+    line = "-c 40000 -b 4096 -ub 4096 -ctk q8_0 -fa"
+    got = settings_of(parse_text(line), Settings(build="2025-06-16"))
     assert (got.ctx, got.ubatch, got.batch) == (40192, 4096, 4096)
+    alone = settings_of(parse_text("-ub 4096"), Settings())
+    assert (alone.ubatch, alone.batch) == (2048, 2048)
     assert (got.ctk, got.ctv, got.fa, got.cram_mib) == ("q8_0", "f16", True, 0)
     new = settings_of(parse_text(""), Settings())
     assert (new.mla, new.amb, new.fa, new.cram_mib) == (3, 256, True, 8192)
