@@ -33,6 +33,7 @@ from quantmix.recipe import Recipe
 from quantmix.units import gib
 
 _PROGRESS: Final = re.compile(r"^\[ *(\d+)/ *(\d+)\] +(\S+)")
+_MLA_PART: Final = re.compile(r"\.attn_(k|v|kv)_b\.")
 _SPARE_BYTES: Final = 64 << 20  # header, padding and file system overhead
 # Linux limits one argument to 128 KiB (MAX_ARG_STRLEN); ik takes the flag repeatedly.
 _ARGUMENT_BYTES: Final = 96 << 10
@@ -169,10 +170,10 @@ def require_same_tensors(recipe: Recipe, weights: WeightsFile) -> None:
     if planned == have:
         return
     missing, extra = sorted(set(planned) - set(have)), sorted(set(have) - set(planned))
-    found = _layout_of(have)
-    if found != _layout_of(planned):
+    wanted, found = _layout_of(planned), _layout_of(have)
+    if wanted != found and wanted and found and _but_mla(planned) == _but_mla(have):
         raise SourceMismatch(
-            f"the recipe is for the {_layout_of(planned)} MLA layout, {weights.path.name} has the "
+            f"the recipe is for the {wanted} MLA layout, {weights.path.name} has the "
             f"{found} one: design again with --layout {found}, or from the file itself"
         )
     if missing or extra:
@@ -188,12 +189,17 @@ def require_same_tensors(recipe: Recipe, weights: WeightsFile) -> None:
 
 
 def _layout_of(names: dict[str, tuple[int, ...]]) -> str:
-    """Return the MLA layout by which attn_*_b tensors there are; `plain` without MLA."""
+    """Return the MLA layout by which attn_*_b tensors there are; empty without MLA."""
     merged = any(".attn_kv_b." in n for n in names)
     parts = any(".attn_k_b." in n for n in names)
     if merged and parts:
         return "ik"
-    return "legacy" if merged else "split" if parts else "plain"
+    return "legacy" if merged else "split" if parts else ""
+
+
+def _but_mla(names: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Return the tensors that all MLA layouts of a model share."""
+    return {n: shape for n, shape in names.items() if not _MLA_PART.search(n)}
 
 
 def _trim(shape: Sequence[int]) -> tuple[int, ...]:

@@ -240,13 +240,22 @@ def test_another_model_is_a_mismatch(tiny: Path, tiny_moe: Path, tmp_path: Path)
 
 def test_another_mla_layout_names_the_flag(tiny: Path) -> None:
     """A recipe for one MLA layout and a source of another names `--layout`."""
+    recipe, weights = _recipe(tiny), open_weights(tiny)
+    planned = replace(recipe.tensors[0], name="blk.0.attn_k_b.weight", shape=(128, 512, 4))
+    split = replace(recipe, tensors=(*recipe.tensors, planned))
+    weights.tensors["blk.0.attn_kv_b.weight"] = next(iter(weights.tensors.values()))
+    with pytest.raises(SourceMismatch, match="design again with --layout legacy"):
+        work.require_same_tensors(split, weights)
+
+
+def test_a_model_without_mla_is_another_model(tiny: Path, tiny_moe: Path) -> None:
+    """No `--layout` mends a recipe of DeepSeek on a file of something else."""
     recipe = _recipe(tiny)
-    first = recipe.tensors[0]
-    planned = replace(first, name="blk.0.attn_k_b.weight", shape=(128, 512, 4))
-    with pytest.raises(SourceMismatch, match="--layout plain"):
-        work.require_same_tensors(
-            replace(recipe, tensors=(*recipe.tensors, planned)), open_weights(tiny)
-        )
+    planned = replace(recipe.tensors[0], name="blk.0.attn_k_b.weight", shape=(128, 512, 4))
+    split = replace(recipe, tensors=(*recipe.tensors, planned))
+    for source in (tiny, tiny_moe):
+        with pytest.raises(SourceMismatch, match="not the model of this recipe"):
+            work.require_same_tensors(split, open_weights(source))
 
 
 def test_a_quantized_source_needs_consent(tiny: Path, tmp_path: Path) -> None:
