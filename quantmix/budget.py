@@ -10,7 +10,7 @@ from quantmix.errors import UsageError
 from quantmix.memory.plan import DESKTOP_BYTES
 from quantmix.memory.settings import NEWEST_BUILD, OLDEST_BUILD, Settings
 from quantmix.rig.device import Rig
-from quantmix.units import pad, parse_bpw, parse_size
+from quantmix.units import pad, parse_bpw, parse_memory, parse_size
 
 ANY_VRAM_BYTES: Final = 1 << 50
 """An ideal device that no model is too large for."""
@@ -46,7 +46,7 @@ class Budget:
         """One idealised device of exactly that many bytes (`--vram`)."""
         from quantmix.rig.rigs import ideal_rig
 
-        n_bytes = parse_size(size, "--vram") if isinstance(size, str) else size
+        n_bytes = parse_memory(size, "--vram") if isinstance(size, str) else size
         label = size.strip() if isinstance(size, str) else f"{n_bytes}B"
         rig = with_ram(ideal_rig(n_bytes), None, None, reserve, desktop)
         return cls(label, make_settings(**settings), rig=rig)
@@ -99,7 +99,7 @@ class Budget:
         bpw = parse_bpw(size, "--size")
         if bpw is not None:
             return cls("".join(size.lower().split()), made, bpw=bpw)
-        return cls(size.strip(), made, file_bytes=parse_size(size, "--size"))
+        return cls(size.strip(), made, file_bytes=parse_memory(size, "--size"))
 
 
 def make_settings(engine: str = "ik", build: str | None = None, **values: Any) -> Settings:
@@ -174,7 +174,7 @@ def with_ram(
     """
     host = rig.host
     if ram is not None:
-        host = replace(host, capacity_bytes=parse_size(ram, "--ram"))
+        host = replace(host, capacity_bytes=parse_memory(ram, "--ram"))
     gpus = rig.gpus
     if reserve is not None:
         each = parse_size(reserve, "--reserve")

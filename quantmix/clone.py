@@ -14,6 +14,7 @@ from quantmix.assemble import assemble
 from quantmix.budget import make_settings
 from quantmix.emit.parse_rules import resolve_rules
 from quantmix.errors import BadFile, UsageError
+from quantmix.files import require_name
 from quantmix.ggml.header import tensor_bytes
 from quantmix.ggml.types import Engine, GgmlType, by_id, get, resolve
 from quantmix.loss.model import LossModel
@@ -29,7 +30,7 @@ def clone(model: Model, engine: Engine = "ik", name: str = "") -> Recipe:
     """Return the recipe that gives a source of this model the types that `model` (a GGUF) has.
 
     Raises:
-        UsageError: `engine` cannot write one of its types.
+        UsageError: `engine` cannot write one of its types, or `name` cannot be a folder.
     """
     types = {t.name: _spelled(t.source_type, engine) for t in model.tensors}
     written = {}
@@ -41,7 +42,8 @@ def clone(model: Model, engine: Engine = "ik", name: str = "") -> Recipe:
                     f"{t.name} is {types[t.name]}, which {engine} would write as "
                     f"{written[t.name].name}: it was made by another engine or version"
                 )
-    return _recipe(as_source(model), written, engine, name or f"{model.id}-clone", model.source)
+    named = _named(name, f"{model.id}-clone")
+    return _recipe(as_source(model), written, engine, named, model.source)
 
 
 def import_rules(
@@ -54,7 +56,8 @@ def import_rules(
 
     Raises:
         BadFile: the file cannot be read.
-        UsageError: a line is no rule, or tensors are matched by none and there is no default.
+        UsageError: a line is no rule, or tensors are matched by none and there is no default, or
+            `name` cannot be a folder.
     """
     found = resolve_rules(read_rules(file).splitlines(), model, engine, source=str(file))
     bare = [t.name for t in model.tensors if t.quantizable and t.name not in found]
@@ -67,7 +70,7 @@ def import_rules(
     written = {t.name: _written(t, asked[t.name], engine) for t in model.tensors if t.quantizable}
     stem = _stem(file)
     named = stem if stem.lower().startswith(model.id) else f"{model.id}-{stem}"
-    return _recipe(model, written, engine, name or named, file.name)
+    return _recipe(model, written, engine, _named(name, named), file.name)
 
 
 def read_rules(file: Path) -> str:
@@ -161,7 +164,7 @@ def _recipe(
         model,
         make_settings(engine=engine),
         tensors,
-        name=_safe(name),
+        name=name,
         budget={"label": f"types of {origin}", "ideal": False},
         devices=(),
         quality=replace(loss.quality(model, mix), damage=total),
@@ -202,9 +205,12 @@ def _stem(file: Path) -> str:
     return re.sub(r"\.(recipe|txt|args|rules)(?=\.|$)", "", file.name)
 
 
-def _safe(name: str) -> str:
-    """Make a folder name."""
-    return re.sub(r"[^A-Za-z0-9._+-]+", "-", name).strip("-.")[:120] or "recipe"
+def _named(name: str, derived: str) -> str:
+    """Return the name that was given, or a folder name made of what was derived."""
+    if name:
+        require_name(name)
+        return name
+    return re.sub(r"[^A-Za-z0-9._+-]+", "-", derived).strip("-.")[:120] or "recipe"
 
 
 __all__: Sequence[str] = [

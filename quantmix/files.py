@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from pathlib import Path
 
@@ -36,3 +37,15 @@ def write_bytes(path: str | Path, data: bytes) -> None:
 def write_text(path: str | Path, text: str) -> None:
     """Write `text` as UTF-8 to `path`, all or nothing."""
     write_bytes(path, text.encode("utf-8"))
+
+
+def require_name(name: str) -> None:
+    """Refuse a recipe's name that could be another folder than its own, or trouble a shell.
+
+    Raises:
+        UsageError: it holds more than letters, digits and . _ + -, or begins with . or -.
+    """
+    if not re.fullmatch(r"[\w+][\w.+-]*", name):
+        raise UsageError(
+            f"--name {name!r} may hold letters, digits, . _ + - only, and not begin with . or -"
+        )

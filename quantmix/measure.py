@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from quantmix import measurements
 from quantmix.engine import child, native
@@ -26,6 +26,7 @@ from quantmix.measurements import Failed, Measurements, Probe, Scope, TensorErro
 from quantmix.models.roles import is_quantizable, split_name
 from quantmix.recipe import Recipe
 
+SCOPES: Final[tuple[Scope, ...]] = ("role", "band", "tensor")
 _SAMPLE_ROWS = 4096  # of each matrix whose error is sampled
 
 
@@ -91,7 +92,8 @@ def groups_of(
             members.setdefault(role, []).append((layer, name))
     for role in roles:
         if role not in members:
-            raise UnknownName.of("role of this model", role, members)
+            hint = f"it has {', '.join(members)}"
+            raise UnknownName.of("role of this model", role, members, hint)
     found = []
     for role in roles or members:
         for layers, tensors in _parts(scope, members[role], bands):

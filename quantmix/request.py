@@ -17,7 +17,7 @@ from quantmix.design import Design, Options, run
 from quantmix.emit.folder import write_folder
 from quantmix.engine.ghost import CheckResult, DryCheck, dry_run, static_problems
 from quantmix.errors import CheckFailed, EngineError, UsageError
-from quantmix.files import write_text
+from quantmix.files import require_name, write_text
 from quantmix.loss.model import LossModel
 from quantmix.models import trained
 from quantmix.models.model import Model
@@ -375,8 +375,8 @@ def _options(request: Request) -> Options:
     names = tuple(t.strip() for t in (request.types or "").split(",") if t.strip())
     if request.types is not None and not names:
         raise UsageError("--types is empty: name types like q8_0,iq4_ks,iq2_kt")
-    if request.name is not None and not re.fullmatch(r"[\w.+-]+", request.name):
-        raise UsageError(f"--name {request.name!r} may hold letters, digits, . _ + - only")
+    if request.name is not None:
+        require_name(request.name)
     return Options(
         limits=TypeLimits(
             types=names,

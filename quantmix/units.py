@@ -58,13 +58,28 @@ def parse_size(text: str, what: str = "size") -> int:
     return n_bytes
 
 
+def parse_memory(text: str, what: str) -> int:
+    """As `parse_size`, for what no machine has less of than 1 MiB: `12` lacks its unit.
+
+    Raises:
+        UsageError: as `parse_size`, or a plain number below 1 MiB.
+    """
+    n_bytes = parse_size(text, what)
+    plain = text.strip()
+    if n_bytes < MIB and plain.isdigit():
+        raise UsageError(f"{what} {plain} means {plain} bytes: write {plain}G for GiB")
+    return n_bytes
+
+
 def parse_bpw(text: str, what: str = "size") -> float | None:
     """Return the bits per weight of `3.5bpw`, None for a text of another form.
 
     Raises:
-        UsageError: not above zero, or more than any type has.
+        UsageError: it ends in bpw and is no number, not above zero, or more than any type has.
     """
     match = _BPW.match(text)
+    if match is None and text.strip().lower().endswith("bpw"):
+        raise UsageError(f"{what} {_short(text)} is not a density: write it like 3.5bpw")
     if match is None:
         return None
     bpw = float(match.group(1))

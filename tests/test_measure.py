@@ -62,6 +62,8 @@ def test_names_that_do_not_exist(model: Path) -> None:
     weights = open_weights(model)
     with pytest.raises(UnknownName, match="ffn_down"):
         measure.groups_of(weights, "role", ["q4_K"], roles=["ffn_dwn"])
+    with pytest.raises(UnknownName, match=r"'foo': it has .*ffn_down"):
+        measure.groups_of(weights, "role", ["q4_K"], roles=["foo"])
     with pytest.raises(UnknownName, match="q4_K"):
         measure.groups_of(weights, "role", ["q4_k"])
 

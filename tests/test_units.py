@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quantmix.errors import UsageError
-from quantmix.units import GIB, gib, pad, parse_size
+from quantmix.units import GIB, gib, pad, parse_bpw, parse_memory, parse_size
 
 
 @pytest.mark.parametrize(
@@ -42,6 +42,24 @@ def test_sizes_beyond_any_machine_are_refused(text: str) -> None:
     with pytest.raises(UsageError, match=r"--vram .* is larger than any memory") as caught:
         parse_size(text, "--vram")
     assert len(str(caught.value)) < 200
+
+
+@pytest.mark.parametrize("text", ["12", " 24 ", "192"])
+def test_memory_without_a_unit_is_asked_for_it(text: str) -> None:
+    """12 bytes are nobody's memory; plain bytes of a real size, and small units, are taken."""
+    with pytest.raises(UsageError, match=f"--vram {text.strip()} means .* write {text.strip()}G"):
+        parse_memory(text, "--vram")
+    assert parse_memory(str(2**34), "--vram") == 2**34
+    assert parse_memory("12b", "--vram") == 12
+
+
+@pytest.mark.parametrize("text", ["nanbpw", "bpw", "x bpw", "-3BPW"])
+def test_a_density_that_is_none_is_told_its_form(text: str) -> None:
+    """What ends in bpw is no size in bytes either."""
+    with pytest.raises(UsageError, match=r"--size .* write it like 3.5bpw"):
+        parse_bpw(text, "--size")
+    assert parse_bpw("3.5bpw") == 3.5
+    assert parse_bpw("192G") is None
 
 
 def test_fractions_are_exact() -> None:

@@ -49,7 +49,11 @@ def clone(
 
 def import_(
     file: Annotated[
-        Path, typer.Argument(help="File of regex=type lines, or a .csv of KLD per tensor.")
+        Path,
+        typer.Argument(
+            help="File of regex=type lines, a pasted llama-quantize command with --custom-q or "
+            "--tensor-type, or a .csv of KLD per tensor."
+        ),
     ],
     model: Annotated[
         str | None, typer.Option(help="Model it is for (default: the one the file names).")

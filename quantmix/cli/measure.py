@@ -62,22 +62,21 @@ def measure(
 ) -> None:
     """Plan the probes, run what is missing, print the table."""
     from quantmix import measure as work
+    from quantmix.cli.common import one_of
     from quantmix.cli.progress import bar
     from quantmix.engine.weights import open_weights
-    from quantmix.errors import UnknownName
     from quantmix.ggml.types import get
     from quantmix.recipe import load
     from quantmix.texts import text
 
-    if by not in ("role", "band", "tensor"):
-        raise UnknownName.of("way to group tensors", by, ("role", "band", "tensor"))
+    scope = one_of("way to group tensors", by, work.SCOPES)
     asked = [t.strip() for t in kinds.split(",") if t.strip()]
     more = [t.strip() for t in error_types.split(",") if t.strip()]
     for name in more:  # before hours of probes
         get(name)
     groups = work.groups_of(
         open_weights(source),
-        by,  # type: ignore[arg-type]
+        scope,
         asked,
         roles=[r.strip() for r in roles.split(",") if r.strip()],
         bands=bands,

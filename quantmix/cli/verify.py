@@ -73,13 +73,13 @@ def verify(
 ) -> None:
     """Measure with progress, print, judge."""
     from quantmix import verify as work
+    from quantmix.cli.common import one_of
     from quantmix.cli.progress import bar
-    from quantmix.errors import CheckFailed, UnknownName
+    from quantmix.errors import CheckFailed
     from quantmix.ggml.types import ENGINES
     from quantmix.texts import text
 
-    if engine not in ENGINES:
-        raise UnknownName.of("engine", engine, ENGINES)
+    known = one_of("engine", engine, ENGINES)
     screen = console(quiet)
     with bar(screen, "verifying", "chunk") as tick:
         found = work.verify(
@@ -90,7 +90,7 @@ def verify(
             n_ctx=ctx,
             chunks=chunks,
             threads=threads,
-            engine=engine,
+            engine=known,
             llama_bin=llama_bin,
             db=db,
             probed=measurements,

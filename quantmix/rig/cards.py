@@ -84,6 +84,9 @@ def find_card(name: str, *kinds: Kind) -> Card:
         spellings = {slug(s) for s in (card.key, card.name, *card.aliases)}
         if wanted in spellings or bare in {s.replace("-", "") for s in spellings}:
             return card
+    if kinds and "gpu" not in kinds:
+        hint = f"`quantmix rigs` lists them, e.g. {next(iter(known))}"
+        raise UnknownName.of("CPU platform", name, known, hint)
     hint = "see `quantmix rigs`, or give its size, e.g. 24G"
     raise UnknownName.of("device", name, known, hint)
 

@@ -14,7 +14,7 @@ from typing import Any, Final
 from quantmix.errors import BadFile, QuantmixError, UnknownName, UsageError
 from quantmix.rig.cards import Card, cards, find_card, usable_of_size
 from quantmix.rig.device import Device, Rig
-from quantmix.units import GIB, parse_size
+from quantmix.units import GIB, parse_memory, parse_size
 
 _ITEM: Final = re.compile(r"^(?:(\d{1,9})\s*[x*×]\s*)?(.+)$", re.IGNORECASE)
 _MARKETING: Final = re.compile(r"^(\d{1,9})g$", re.IGNORECASE)
@@ -248,7 +248,7 @@ def _build(doc: dict[str, Any], stem: str) -> RigFile:
         raise UsageError(f"gpus = {gpus!r} must be text such as '2xrtx-5090'")
     base = parse_gpus(gpus) if gpus else Rig(gpus=(), host=_host(None, None))
     cpu = find_card(doc["cpu"], "cpu", "uma") if doc.get("cpu") else None
-    ram = parse_size(doc["ram"], "ram") if doc.get("ram") else None
+    ram = parse_memory(doc["ram"], "ram") if doc.get("ram") else None
     if not gpus and ram is None:
         raise UsageError("neither `gpus` nor `ram` is given")
     if doc.get("reserve"):

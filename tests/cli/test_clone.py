@@ -280,6 +280,19 @@ def test_a_file_without_quantized_tensors_is_cloned(name: str, tmp_path: Path) -
     assert {split_rule(r)[1] for r in out["rules"]} == {name}
 
 
+@pytest.mark.parametrize("name", ["../evil", "a b;c", "..", "-x", ".hidden", "a/b"])
+def test_a_name_that_is_no_folder_name_is_refused(name: str, tmp_path: Path) -> None:
+    """As design does, instead of being renamed in silence; letters of any script are taken."""
+    file = tmp_path / "m.recipe"
+    file.write_text(".*=q8_0\n")
+    args = ["import", str(file), "--model", "qwen3-0.6b", "--out", str(tmp_path / "r")]
+    refused = run.invoke(app, [*args, f"--name={name}"])
+    assert refused.exit_code == 2
+    assert f"--name {name!r} may hold letters" in refused.stderr
+    assert not (tmp_path / "r").exists()
+    assert Path(doc(*args, "--name", "日本-1")["recipe"]).name == "日本-1"
+
+
 def test_errors_of_a_rules_file_name_it(tmp_path: Path) -> None:
     """The file and the line; a pasted command is a rules file too."""
     file = tmp_path / "mine.recipe"

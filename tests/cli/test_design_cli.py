@@ -158,3 +158,36 @@ def test_doctor_finds_the_packaged_engine(tmp_path: Path) -> None:
     findings = {f["name"]: f for f in json.loads(done.stdout)["findings"]}
     assert findings["llama-quantize"]["ok"]
     assert findings["RAM"]["ok"]
+
+
+def test_doctor_does_not_advise_what_is_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The package ships llama-quantize alone: other programs are built, not installed with it."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    done = quantmix("doctor", "--json", cwd=tmp_path)
+    findings = {f["name"]: f for f in json.loads(done.stdout)["findings"]}
+    for name in ("llama-perplexity", "llama-imatrix"):
+        assert "ik-llama-cpp-python" not in findings[name]["mend"]
+        assert "build ik_llama.cpp" in findings[name]["mend"]
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (("verify", "m.gguf", "--engine", "foo"), "unknown engine 'foo': one of ik, mainline"),
+        (
+            ("measure", "m.gguf", "--types", "q4_K", "--out", "o", "--by", "foo"),
+            "one of role, band, tensor",
+        ),
+        (("design", "qwen3-0.6b", "--vram", "12"), "--vram 12 means 12 bytes: write 12G"),
+        (("design", "qwen3-0.6b", "--size", "nanbpw"), "write it like 3.5bpw"),
+        (("design", "qwen3-0.6b", "--gpus", "24G", "--ram", "9G", "--cpu", "24G"), "CPU platform"),
+    ],
+)
+def test_unknown_words_name_the_mend(args: tuple[str, ...], words: str, tmp_path: Path) -> None:
+    """What may be written instead stands in the same line."""
+    done = quantmix(*args, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert words in done.stderr

@@ -57,6 +57,14 @@ def test_unknown_cards_suggest_the_nearest() -> None:
         parse_gpus("rtx-5091")
 
 
+@pytest.mark.parametrize("name", ["foo", "24G"])
+def test_an_unknown_cpu_is_not_answered_with_sizes(name: str) -> None:
+    """Only `quantmix rigs` knows CPU platforms; a size of memory is none."""
+    with pytest.raises(UnknownName, match=f"unknown CPU platform '{name}'.*rigs") as caught:
+        find_card(name, "cpu")
+    assert "24G" not in str(caught.value).replace(f"'{name}'", "")
+
+
 @pytest.mark.parametrize("text", ["", "0x24G", "65x24G", "24G,,24G", "0G"])
 def test_lists_that_make_no_sense(text: str) -> None:
     """Empty items, no cards and absurd counts are refused."""
