@@ -429,7 +429,9 @@ def _context_findings(command: CommandLine, model: Model, settings: Settings) ->
         return []
     given = "-c 0" if command.integer("c") == 0 else "no -c"
     trained = model.hparams.ctx_train
-    if _opened(command, settings):
+    if command.integer("c") is None and trained and _fits_itself(command, settings):
+        text = f"{given}: -fit chooses the context, at most the {trained} tokens counted here"
+    elif _opened(command, settings):
         text = f"{given}: this build opens {settings.ctx} tokens"
     elif trained:
         text = f"{given}: the engine opens the trained context, {trained} tokens"
@@ -437,6 +439,13 @@ def _context_findings(command: CommandLine, model: Model, settings: Settings) ->
         text = f"{given}: the engine opens the trained context, which is not known here"
         text += f"; {settings.ctx} tokens are assumed"
     return [Finding("note", f"{text}; write -c N for another")]
+
+
+def _fits_itself(command: CommandLine, settings: Settings) -> bool:
+    """Whether mainline adapts context and layout: -fit is on and no flag of layout is given."""
+    if settings.engine == "ik" or settings.build < FIT or command.value("fit") == "off":
+        return False
+    return not any(command.has(name) for name in ("ngl", "ts", "ot", "cmoe", "ncmoe"))
 
 
 def _split_findings(command: CommandLine, engine: Engine) -> list[Finding]:

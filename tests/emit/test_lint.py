@@ -173,6 +173,19 @@ def test_mainline_does_not_know_flags_of_ik() -> None:
     assert any("-fit off" in f.text for f in found)
 
 
+def test_mainline_may_choose_the_context_itself() -> None:
+    """Without a flag of layout -fit may shrink a context that was not given; -c 0 it keeps."""
+    setup = Settings(engine="mainline", build="2026-10-01", ctx=163840)
+    for flags, said in (
+        ("-m a.gguf", "no -c: -fit chooses the context, at most the 163840 tokens"),
+        ("-ngl 99", "no -c: the engine opens the trained context"),
+        ("-fit off", "no -c: the engine opens the trained context"),
+        ("-c 0", "-c 0: the engine opens the trained context"),
+    ):
+        found = engine_findings(parse_text(flags), model_of("deepseek-r1"), setup)
+        assert any(said in f.text for f in found), flags
+
+
 def test_settings_come_from_the_line() -> None:
     """Context is padded, ubatch is at most batch, and silence means the build's default."""
     line = "-c 40000 -b 4096 -ub 4096 -ctk q8_0 -fa"
