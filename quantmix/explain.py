@@ -13,13 +13,15 @@ from quantmix.emit.flags import OffloadFlags
 from quantmix.emit.lint import (
     Finding,
     RuleReport,
-    clean,
-    engine_findings,
     landing_findings,
-    needs_flash_attention,
-    readable,
     rule_findings,
     rule_reports,
+)
+from quantmix.emit.lint_flags import (
+    clean,
+    engine_findings,
+    needs_flash_attention,
+    readable,
     settings_of,
 )
 from quantmix.emit.simulate import (

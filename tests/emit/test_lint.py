@@ -6,16 +6,13 @@ import pytest
 
 from quantmix.emit.cmdline import parse_text
 from quantmix.emit.lint import (
-    clean,
-    engine_findings,
     landing_findings,
     ranges,
-    readable,
     rule_findings,
     rule_reports,
-    settings_of,
     wrong_devices,
 )
+from quantmix.emit.lint_flags import clean, engine_findings, readable, settings_of
 from quantmix.emit.simulate import layer_homes, override_rules, replay
 from quantmix.ggml import types
 from quantmix.memory.settings import Settings
