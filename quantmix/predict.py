@@ -110,7 +110,7 @@ def read_mix(path: Path, model: Model, engine: Engine = "ik") -> dict[str, str]:
 
         types = {t.name: t.source_type for t in load_model(str(path)).tensors}
     else:
-        types = resolve_rules(_lines(path), model, engine)
+        types = resolve_rules(_lines(path), model, engine, source=str(path))
     known = {t.name: t for t in model.tensors}
     found = {n: q for n, q in types.items() if n in known and known[n].quantizable}
     if not found:

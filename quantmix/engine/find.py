@@ -73,8 +73,9 @@ def find_program(
             return Program(packaged, "ik-llama-cpp-python")
     whose = f"{name} of {engine}" if engine else name
     seen = f" (passed over: {', '.join(passed)})" if passed else ""
+    ours = "llama.cpp" if engine == "mainline" else "ik_llama.cpp"
     ships = name == "llama-quantize" and engine != "mainline"
-    source = "install ik-llama-cpp-python (Linux x86-64)" if ships else "build that engine"
+    source = "install ik-llama-cpp-python (Linux x86-64)" if ships else f"build {ours}"
     raise EngineMissing(
         f"no {whose} found{seen}: {source}, put it on PATH, "
         "or name its folder with --llama-bin or QUANTMIX_LLAMA_BIN"
