@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -141,11 +142,9 @@ def test_a_table_without_attention_is_put_on_the_scale_of_whole_ones() -> None:
 def test_published_mixes_belong_to_rows_and_their_size_agrees() -> None:
     """A mix added to a row fits the size its author published, and says where it stands."""
     rows = {(p.model, p.label): p for p in evidence.published()}
-    added = []
-    for name in ("mixes.csv", "by_size.csv"):
-        text = (DATA / "fit" / name).read_text(encoding="utf-8")
-        added += list(csv.DictReader(text.splitlines()))
-    assert len(added) == len(curate.pages()) + len(curate.mixes_by_size())
+    text = (DATA / "fit" / "mixes.csv").read_text(encoding="utf-8")
+    added = list(csv.DictReader(text.splitlines()))
+    assert len(added) == len(curate.pages())
     for line in added:
         row = rows[evidence.catalog_id(line["model"]) or "", line["label"]]
         assert line["source"].startswith("https://")
@@ -183,11 +182,29 @@ def test_a_type_on_few_models_keeps_its_far_cells() -> None:
 
 def test_a_model_with_many_rows_does_not_set_the_interval_alone() -> None:
     """A quantile covers its share of the weight, not of the rows; never less than normal."""
-    sure = calibrate.Prediction(ln_ppl=1.0, damage=0.1, rise=0.1, relative=0.1, edge=1e-3)
+    known = {"ln_ppl": 1.0, "damage": 0.1, "rise": 0.1, "relative": 0.1, "edge": 1e-3, "known": 1.0}
+    sure = calibrate.Prediction(**known)
     near = [hyper._Left(sure, 1.0, 1.0 / 50) for _ in range(50)]
     far = [hyper._Left(sure, 1.03, 1.0)]
-    assert hyper._quantile(near) == (1.65, 1.65)
-    assert hyper._quantile(near + far)[0] == pytest.approx(math.log(1.3) / 0.1, abs=0.06)
+    h = calibrate.hyper()
+
+    def of_rise(q: float) -> calibrate.Hyper:
+        return replace(h, quantiles=(q, 1.645))
+
+    assert hyper._least(near, of_rise).quantiles[0] == 1.65
+    both = hyper._least(near + far, of_rise).quantiles[0]
+    assert both == pytest.approx(math.log(1.3) / 0.1, abs=0.06)
+
+
+def test_the_quantile_goes_from_the_priors_to_that_of_calibrated_models() -> None:
+    """By what rows took off the uncertainty of the scale; never so that more rows widen."""
+    h = replace(calibrate.hyper(), quantiles=(2.4, 1.645), quantile_prior=1.65)
+    reach = []
+    for known in (0.0, 0.3, 0.6, 0.9):
+        p = calibrate.Prediction(1.0, 0.1, 0.1, 0.5 * (1.0 - known), 1e-9, known)
+        reach.append(p.interval(h)[1] - 1.0)
+    assert reach == sorted(reach, reverse=True)
+    assert reach[0] == pytest.approx(0.1 * math.expm1(1.65 * 0.5), rel=1e-3)
 
 
 def test_shapes_over_depth_are_shrunk_towards_flat() -> None:
