@@ -142,7 +142,7 @@ def preflight(
     if not allow_requantize:
         _require_float_source(recipe, weights)
     matrix = imatrices.read(imatrix) if imatrix else None
-    warnings = _check_imatrix(recipe, matrix)
+    warnings = _check_imatrix(recipe, matrix) + _misses_grid(recipe, weights, matrix)
     target = Path(out)
     _require_other_file(target, weights, is_cut=bool(split_max_bytes))
     total = sum(t.bytes for t in recipe.tensors)
@@ -255,6 +255,32 @@ def _check_imatrix(recipe: Recipe, matrix: imatrices.Imatrix | None) -> list[str
         "`quantmix imatrix` writes one"
         for name in heads
         if name not in known
+    ]
+
+
+def _misses_grid(
+    recipe: Recipe, weights: WeightsFile, matrix: imatrices.Imatrix | None
+) -> list[str]:
+    """Warn of weights that the recipe takes to be held as trained, where no imatrix finds them."""
+    from quantmix.models.sources import load_model
+
+    engine = model_engine(recipe)
+    exact = {
+        t.name: t.exact_type
+        for t in load_model(str(weights.path)).tensors
+        if t.exact_type not in ("", t.source_type)
+    }
+    missed = [
+        t.name
+        for t in recipe.tensors
+        if exact.get(t.name) == t.type
+        and (matrix is None or imatrices.lookup(matrix, t.name, engine) is None)
+    ]
+    if not missed:
+        return []
+    return [
+        f"{missed[0]} and {len(missed) - 1} more were trained in 4 bits: only with an imatrix "
+        f"entry does {exact[missed[0]]} hold them as they are; give --imatrix"
     ]
 
 

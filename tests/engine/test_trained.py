@@ -71,6 +71,7 @@ def test_ik_finds_the_grid_with_a_matrix_only(source: Path, matrix: Path, tmp_pa
     found = []
     for name, imatrix in (("with", matrix), ("without", None)):
         plan = preflight(_recipe(source, "ik"), source, tmp_path / f"{name}.gguf", imatrix=imatrix)
+        assert any("trained in 4 bits" in w for w in plan.warnings) is (imatrix is None)
         found.append(_errors(source, quantize(plan, threads=1).path))
     assert max(found[0].values()) < 3e-6
     assert min(found[1].values()) > 3e-3
