@@ -87,18 +87,10 @@ def require_sense_on(request: Request, rig: Rig) -> None:
     """Refuse what this very rig cannot honour, though rigs of its kind can.
 
     Raises:
-        UsageError: RAM set aside where none is given; a speed or a share of GPUs asked of a rig
-            without bandwidths or without GPUs.
+        UsageError: RAM set aside where none is given; a share of GPUs asked of a rig without any.
     """
     if request.ram_reserve is not None and not rig.has_ram:
         raise UsageError("--ram-reserve is set aside from RAM, and none is given: add --ram")
-    if request.min_tps is not None:
-        for gpu in rig.gpus:
-            if gpu.bandwidth_gbs is None:
-                raise UsageError(
-                    f"--min-tps needs bandwidths, and that of {gpu.card} is not known: "
-                    "name the card, like 1xrtx-4090"
-                )
     if request.max_loss is not None and not rig.gpus:
         raise UsageError(
             f"--max-loss seeks the least GPU memory, and rig {rig.name} has no GPU: "

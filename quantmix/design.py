@@ -16,7 +16,7 @@ from quantmix.assemble import assemble, header_allowance
 from quantmix.budget import Budget
 from quantmix.emit.flags import offload
 from quantmix.emit.simulate import planned
-from quantmix.errors import CheckFailed, InfeasibleBudget
+from quantmix.errors import CheckFailed, InfeasibleBudget, UsageError
 from quantmix.filesize import plan_in_file
 from quantmix.ggml.types import GgmlType
 from quantmix.loss.model import LossModel
@@ -42,6 +42,9 @@ from quantmix.units import GIB
 if TYPE_CHECKING:
     from quantmix.memory.settings import Settings
     from quantmix.store import Measurement
+
+
+_NO_DAMAGE = 1e-15  # nats
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +110,7 @@ def run(
     """
     from quantmix.loss import load as load_loss
 
+    _require_speed_known(budget, options)
     settings = budget.settings
     model = with_mtp(model, settings)
     loss = loss or load_loss(
@@ -121,6 +125,21 @@ def run(
     if budget.rig is None:
         return _for_file(model, budget, options, loss, palette)
     return _for_rig(model, budget, budget.rig, options, loss, palette, explained)
+
+
+def _require_speed_known(budget: Budget, options: Options) -> None:
+    """Refuse a speed to reach on what has no speed.
+
+    Raises:
+        UsageError: a bare file, or one idealised device.
+    """
+    if options.min_tps is None or (budget.rig is not None and not budget.rig.ideal):
+        return
+    what = "a file" if budget.rig is None else "an idealised device"
+    raise UsageError(
+        f"--min-tps {options.min_tps:g} cannot be judged: {budget.label} is {what} without a "
+        "speed; name the machine with --gpus (and --ram, --cpu) or --rig"
+    )
 
 
 def _for_rig(
@@ -158,6 +177,9 @@ def _for_rig(
             plan.problem,
             plan.constraints,
             plan.cpu_expert_bytes,
+            plan.least_damage,
+            plan.lower_bound,
+            options.goals.limits.gap,
         ),
         devices,
         speed,
@@ -194,7 +216,10 @@ def _for_file(
 
 @dataclass(frozen=True)
 class _Answer:
-    """What the search decided, in the form that the recipe is built from."""
+    """What the search decided, in the form that the recipe is built from.
+
+    `least_damage` and `lower_bound` are of stage 1 over all placements, where those were searched.
+    """
 
     columns: NDArray[np.int64]
     homes: NDArray[np.int64]
@@ -202,6 +227,9 @@ class _Answer:
     problem: Problem
     constraints: tuple[str, ...]
     cpu_expert_bytes: int = 0
+    least_damage: float | None = None
+    lower_bound: float | None = None
+    enough_gap: float = 0.0
 
 
 def _assemble(
@@ -346,19 +374,27 @@ def _device_use(
 
 
 def _optimality(answer: _Answer, objective: float) -> Optimality:
+    """Return the proof; stage 2, where there is one, spends of the slack, the proof is of stage 1.
+
+    Over all placements the answer is optimal only when their bound says so.
+    """
     solution = answer.solution
-    bound = min(solution.lower_bound, objective)
-    # Stage 2, where there is one, spends of the slack; the proof is about stage 1.
-    least = min(solution.objective, objective)
-    gap = (least - bound) / least if least > 0 else 0.0
+    status, least, bound = solution.status, solution.objective, solution.lower_bound
+    holds_for = "this split of the layers" if len(answer.problem.pools) > 2 else "any mix"
+    if answer.least_damage is not None and answer.lower_bound is not None:
+        least, bound = answer.least_damage, answer.lower_bound
+        done = least - bound <= answer.enough_gap * least + _NO_DAMAGE
+        status, holds_for = "optimal" if done else "feasible", "any placement"
+    least, bound = min(least, objective), min(bound, objective)
     return Optimality(
-        status=solution.status,
+        status=status,
         objective=objective,
         lower_bound=bound,
-        gap=gap,
+        gap=(least - bound) / least if least > 0 else 0.0,
         constraints=answer.constraints,
         prices=price_per_gib(solution, answer.problem.pools),
         given_for_speed=objective - least if objective - least > 1e-9 * objective else 0.0,
+        holds_for=holds_for,
     )
 
 

@@ -7,16 +7,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from quantmix import timing
 from quantmix.budget import Budget
-from quantmix.least import Least
-from quantmix.memory.head import head_device, host_slots
-from quantmix.memory.model import Placement
+from quantmix.errors import UsageError
 from quantmix.memory.settings import Settings
 from quantmix.models.model import Model
 from quantmix.palette import Palette
-from quantmix.placement import layer_weights, split_layers
-from quantmix.planner import Shortage, fits_at_all
+from quantmix.planner import Shortage, fastest_at_all, fits_at_all, may_fit
+from quantmix.rig.cards import sold_sizes, usable_of_size
 from quantmix.rig.device import Rig
+from quantmix.timing import Timing
 from quantmix.units import GIB, gib
 
 if TYPE_CHECKING:
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 _HUNDREDTH = GIB // 100
 _MOST_GIB = 1 << 14
 
-_CONFIRMATIONS = 5
+_CONFIRMATIONS = 8
+_SPEED_SHARES = (1.0, 0.99, 0.98, 0.95, 0.9, 0.8)
 
 
 def explain(
@@ -34,21 +35,22 @@ def explain(
     """Return one line: by how much it does not fit, and the smallest budgets that work."""
     rig = budget.rig
     assert rig is not None
-    if rig.ideal and options.min_tps is None:
+    if rig.ideal:
         need = (rig.gpus[0].capacity_bytes or 0) + shortage.missing_bytes.get("GPU0", 0)
         return (
             f"{model.id} does not fit {budget.label}: short by "
             f"{gib(shortage.missing_bytes.get('GPU0', 0))} at the smallest types; "
             f"the smallest that works is --vram {_up(need)}G"
         )
-
     judge = _Judge(model, palette, options)
-    parts = [f"{model.id} does not fit {budget.label}"]
-    if shortage.missing_bytes:
-        short = ", ".join(f"{d} {gib(b)}" for d, b in shortage.missing_bytes.items())
-        parts[0] += f": short by {short} at the smallest types"
+    if options.min_tps is not None and not shortage.missing_bytes:
+        return _too_slow(model, budget, options.min_tps, rig, judge)
     if options.min_tps is not None:
-        parts[0] += f" at --min-tps {options.min_tps:g}"
+        judge = replace(judge, options=replace(options, min_tps=None))
+    parts = [f"{model.id} does not fit {budget.label}"]
+    ways = [_amounts(m) for m in (shortage.missing_bytes, shortage.instead) if m]
+    if ways:
+        parts[0] += f": short by {', or by '.join(ways)}, at the smallest types"
     mends = [
         m
         for m in (
@@ -62,10 +64,26 @@ def explain(
     easier = _relaxations(budget, rig, judge)
     if easier:
         parts.append(f"with the same rig: {' or '.join(easier)}")
-    if options.min_tps is not None and not (mends or easier):
-        slower = _Judge(model, palette, replace(options, min_tps=None))
-        if slower.does(rig, budget.settings):
-            parts.append("it fits without that speed: lower --min-tps")
+    return "; ".join(parts)
+
+
+def _amounts(missing: dict[str, int]) -> str:
+    """Return bytes by device in words: `GPU0 1.20 GiB, GPU1 800 MiB`."""
+    return ", ".join(f"{device} {gib(n)}" for device, n in missing.items())
+
+
+def _too_slow(model: Model, budget: Budget, asked: float, rig: Rig, judge: _Judge) -> str:
+    """Return one line: the mix fits but not at that speed, and the speed that can be asked for."""
+    reached = judge.speed(rig, budget.settings)
+    mend = f" to {reached:g}, the most found to work" if reached else ""
+    what = f"{model.id} fits {budget.label}, but no mix was found for {asked:g} t/s"
+    parts = [f"{what}: lower --min-tps{mend}"]
+    guess = timing.assumed(rig)
+    if guess:
+        parts.append(f"assumed: {guess}")
+    easier = _relaxations(budget, rig, judge)
+    if easier:
+        parts.append(f"with the same rig: {' or '.join(easier)}")
     return "; ".join(parts)
 
 
@@ -78,34 +96,33 @@ class _Judge:
     options: Options
 
     def may(self, rig: Rig, settings: Settings) -> bool:
-        """Whether the smallest types fit, some of the first layers wholly in RAM or GPUs unused."""
-        return any(self._may(rig.only(cards), settings) for cards in rig.card_sets())
-
-    def _may(self, rig: Rig, settings: Settings) -> bool:
-        least = Least.of(self.model, self.palette)
-        n = self.model.hparams.n_layer
-        most = host_slots(settings, n)[-1]
-        shares = (0, n // 8, n // 4, n // 2, 3 * n // 4, most) if rig.has_ram else (0,)
-        weights = layer_weights(self.model, n)
-        capacities = [float(g.capacity_bytes or 0) for g in rig.gpus]
-        last = len(rig.gpus) - 1
-
-        def with_leading(k: int) -> Placement:
-            head = head_device(self.model, settings, k, n, last)
-            return Placement(split_layers(weights, capacities, host_layers=min(k, n)), head)
-
-        return any(
-            least.spilled(rig, settings, with_leading(k)) is not None for k in dict.fromkeys(shares)
-        )
+        """Whether the smallest types fit, as far as closed forms and bounds can say."""
+        return self._ask(may_fit, rig, settings)
 
     def does(self, rig: Rig, settings: Settings) -> bool:
         """Whether the search finds a mix that fits, at the speed asked for."""
-        from quantmix import timing
-        from quantmix.errors import UsageError
+        return self._ask(fits_at_all, rig, settings)
 
+    def speed(self, rig: Rig, settings: Settings) -> float | None:
+        """Return a speed that can be asked for, near the most there is; None when none is found."""
+        times = timing.of(self.model, self.palette, rig, settings)
+        most = fastest_at_all(self.model, self.palette, rig, settings, times)
+        for share in _SPEED_SHARES:
+            asked = _down(most * share)
+            options = replace(self.options, min_tps=asked)
+            if asked > 0 and replace(self, options=options).does(rig, settings):
+                return asked
+        return None
+
+    def _ask(
+        self,
+        question: Callable[[Model, Palette, Rig, Settings, Timing], bool],
+        rig: Rig,
+        settings: Settings,
+    ) -> bool:
         times = timing.of(self.model, self.palette, rig, settings, self.options.min_tps)
         try:
-            return fits_at_all(self.model, self.palette, rig, settings, times)
+            return question(self.model, self.palette, rig, settings, times)
         except UsageError:
             return False
 
@@ -116,11 +133,15 @@ def _smallest_gpus(rig: Rig, settings: Settings, judge: _Judge) -> str | None:
         return None
 
     def of(size_gib: int) -> Rig:
-        cards = tuple(replace(g, capacity_bytes=size_gib * GIB) for g in rig.gpus)
-        return replace(rig, gpus=cards)
+        return replace(rig, gpus=tuple(replace(g, capacity_bytes=size_gib * GIB) for g in rig.gpus))
 
     least = _least(of, settings, judge, 1)
-    return None if least is None else f"--gpus {len(rig.gpus)}x{least}GiB"
+    if least is None:
+        return None
+    line = f"--gpus {len(rig.gpus)}x{least}GiB"
+    sold = next((n for n in sold_sizes() if usable_of_size(n) >= least * GIB), None)
+    # A card sold as 24G shows less than 24 GiB, which reads as a contradiction otherwise.
+    return line if sold is None else f"{line} (of those sold: {sold}G)"
 
 
 def _smallest_ram(rig: Rig, settings: Settings, judge: _Judge) -> str | None:
@@ -144,11 +165,15 @@ def _least(of: Callable[[int], Rig], settings: Settings, judge: _Judge, start: i
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if judge.may(of(middle), settings) else (middle, high)
-    for _ in range(_CONFIRMATIONS):
+    for tries in range(_CONFIRMATIONS):
         if judge.does(of(high), settings):
-            return high
-        high += max(1, high // 50)
-    return None
+            break
+        high += 1 if tries < _CONFIRMATIONS // 2 else max(1, high // 50)
+    else:
+        return None
+    while high > 1 and judge.does(of(high - 1), settings):
+        high -= 1
+    return high
 
 
 def _relaxations(budget: Budget, rig: Rig, judge: _Judge) -> list[str]:
@@ -180,3 +205,11 @@ def _relaxations(budget: Budget, rig: Rig, judge: _Judge) -> list[str]:
 def _up(n_bytes: int) -> str:
     """Return GiB with two decimals, rounded up, so that feeding it back works."""
     return f"{math.ceil(n_bytes / _HUNDREDTH + 1e-9) / 100:.2f}"
+
+
+def _down(tps: float) -> float:
+    """Return a speed with three digits, rounded down."""
+    if tps <= 0:
+        return 0.0
+    unit = 10.0 ** (math.floor(math.log10(tps)) - 2)
+    return float(f"{math.floor(tps / unit) * unit:.6g}")

@@ -1,197 +1,269 @@
-"""The search with RAM behind the GPUs: which layers' experts each GPU keeps.
+"""The search with RAM behind the GPUs: layers wholly in RAM, and layers whose experts are.
 
-relaxed    an LP with movable experts says how many layers each GPU keeps: once for the least
-           damage, once for the most speed within the quality slack
-rounding   whole layers, rounded down; then one more on a GPU where that is faster, as long as
-           the least damage known and its slack allow it
-stage 2    least seconds per token for that placement
+bounds     how little damage, and how few seconds, any number of leading layers in RAM allows
+           (`leading`): it says which numbers to look at, and proves the rest
+placement  for one number, whole layers near a relaxed answer (`frame`)
+stage 1    least damage: the numbers that promise most, until none can be better
+stage 2    least seconds per token within the slack of that damage, over all numbers again
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
-from quantmix.choices import Choices, movable_roles, to_problem
-from quantmix.least import Least
-from quantmix.memory.head import host_slots
-from quantmix.memory.model import HOST, Placement
-from quantmix.search import QUICK, Search, Tried
-from quantmix.solve.bound import lagrangian
+from quantmix.choices import to_problem
+from quantmix.frame import COUPLED_TRIES, Frame, FrameSearch, nearest, rounded_down
+from quantmix.leading import Bounds, Layers
+from quantmix.search import QUICK, Tried, better
+from quantmix.solve.bound import total
 from quantmix.solve.problem import FloatArray, Problem, Solution
-from quantmix.solve.solver import Limits, Relaxed, relax, relaxed_at_price, solve
+from quantmix.solve.solver import Limits, relax, relaxed_at_price, solve
 
-_HOST_LAYER_TRIES = 6
+_MOST_COUNTS, _MOST_MISSES = 4, 8
+_FAR, _NEIGHBOURS = 1.25, 2  # times the relaxed damage; numbers of layers
+_FAST_COUNTS = 3
+_WORTH_A_LOOK = 5e-3  # of seconds
+_EQUALLY_FAST = 1.02  # of predicted seconds; then fewer layers in RAM are better
+_SAME = 1e-9  # of damage: the same but for the order of sums
+_NEAR = 2e-3  # of damage: bounds that close are not told apart
+_PART_OF_THE_GAP = 0.5
 _PRICE_RANGE = (1.0, 1.5, 2.5, 5.0)  # of the price of damage, to compare placements
 _FAST_LEVELS = 2  # levels of z that stage 2 solves: the most promising
-_COUPLED_TRIES = 3
-_SLACK_FOR_ROUNDING = 0.2  # share of the quality slack
 _WORTH_ROUNDING_UP = 0.2  # of a layer; below it one more layer will not fit
 _SPEED = Limits(gap=5e-3, seconds=0.0)  # of seconds per token, far below what is predictable
 
 
 @dataclass(frozen=True)
-class _Kept:
-    """Expert layers per GPU for the least damage and for the most speed, and that damage."""
+class HybridSearch(FrameSearch):
+    """Placements that leave layers, or the experts of layers, in RAM."""
 
-    gentle: list[float]
-    fast: list[float]
-    least_damage: float
+    def _least_damage(self, bounds: Bounds, possible: NDArray[np.bool_]) -> Tried:
+        """Return the placement of least damage, solved quickly; the numbers that promise most.
 
-
-@dataclass(frozen=True)
-class HybridSearch(Search):
-    """Placements that leave the experts of some layers in RAM."""
-
-    def _least_host_layers(self) -> Tried:
-        """Leave as few first layers wholly in RAM as the rest needs to fit, usually none."""
-        packed = self._packed()
-        if not packed:
-            return self._hybrid(0, None)
-        best = self._hybrid(*packed[0])
-        for host_layers, spilled in packed[1:_HOST_LAYER_TRIES]:
-            if best.fits:
-                break
-            best = self._hybrid(host_layers, spilled)
-        return best
-
-    def leading(self) -> int | None:
-        """Return how many first slots must lie in RAM at the smallest types; None: nothing fits.
-
-        The layers are split evenly: without RAM another split may fit all the same.
+        Only `possible` (K,) numbers are looked at, and `bounds` get sharper on the way. What whole
+        layers cost is much the same for all numbers: one whose bound has used up a part of the gap
+        is not going to win. Where they cost far more than that, neighbours will not do better.
         """
-        packed = self._packed(1)
-        return packed[0][0] if packed else None
-
-    def _packed(self, most: int = _HOST_LAYER_TRIES) -> list[tuple[int, frozenset[int]]]:
-        """Return (slots wholly in RAM, experts spilled to RAM) that hold the smallest types."""
-        least = Least.of(self.model, self.palette)
-        even = self._even_weights()
-        found = []
-        slots = host_slots(self.settings, self._n_blocks())
-        for k in slots if self.rig.gpus and self.rig.has_ram else slots[:1]:
-            spilled = least.spilled(self.rig, self.settings, self._placement(even, k))
-            if spilled is not None:
-                found.append((k, spilled))
-                if len(found) == most:
+        best: Tried | None = None
+        waiting = {int(k) for k in np.nonzero(possible)[0]}
+        looked = missed = 0
+        while waiting and looked < _MOST_COUNTS and missed < _MOST_MISSES:
+            lower = bounds.lower
+            least = min(lower[k] for k in waiting)
+            same = [k for k in waiting if lower[k] <= least + _SAME * abs(least)]
+            at = max(same) if looked or missed else min(same)  # RAM alone may hold the best types
+            if not np.isfinite(lower[at]):
+                break
+            if best is not None:
+                objective, lowest = best.solution.objective, float(lower.min())
+                hopeless = lowest + _PART_OF_THE_GAP * (objective - lowest)
+                if lower[at] >= min(hopeless, objective * (1 - _NEAR)):
                     break
+            waiting.remove(at)
+            slots = int(bounds.layers.slots[at])
+            tried = self._gentle(slots, bounds, best)
+            frame = self.frames.get(slots)
+            damage = np.inf if tried is None else tried.solution.objective
+            if frame is not None and damage > frame.relaxed.objective * _FAR:
+                missed += 1
+                waiting -= set(range(at - _NEIGHBOURS, at + _NEIGHBOURS + 1))
+            elif tried is not None:
+                looked += 1
+            if tried is None:
+                continue
+            if best is None or tried.solution.objective < best.solution.objective:
+                best = tried
+        best = best or self._packed_mix()
+        return best or self._solve(self._placement(self._even_weights(), 0), QUICK)
+
+    def _gentle(self, host_layers: int, bounds: Bounds, best: Tried | None) -> Tried | None:
+        """Return the least damage with so many layers wholly in RAM, None when nothing fits."""
+        packed = self._packed(host_layers)
+        unmoved = self._unmoved(host_layers)
+        if packed.missing and host_layers:
+            return unmoved
+        frame = self._frame(host_layers)
+        if frame is None:
+            return unmoved
+        bounds.learn(*self._pooled(frame.relaxed.prices))
+        if best is not None and frame.relaxed.objective >= best.solution.objective * (1 - _NEAR):
+            return best
+        found = self._rounded(frame)
+        if found is None and not packed.missing:
+            found = self._solve(replace(frame.placement, cpu_experts=packed.spilled), QUICK)
+        if found is None or (unmoved is not None and better(unmoved.solution, found.solution)):
+            found = unmoved
+        return found if found is not None and found.fits else None
+
+    def _fastest_mixes(self) -> list[Tried]:
+        """Return placements for the most speed at any damage, solved for damage."""
+        layers = self._layers()
+        seconds = layers.least_seconds(None).lower + layers.fixed_seconds
+        found = []
+        for at in np.argsort(seconds, kind="stable").tolist():
+            frame = self._frame(int(layers.slots[at]))
+            if frame is None:
+                continue
+            where = slice(frame.at, frame.at + 1)
+            relaxed = relax(
+                to_problem(
+                    frame.choices,
+                    frame.capacities[where],
+                    frame.levels[where],
+                    (),
+                    objective="seconds",
+                )
+            )
+            kept = frame.kept if relaxed is None else self._kept_by(frame.choices, relaxed.x)
+            for keep in (rounded_down(kept), nearest(kept)):
+                placement = self._keeping(frame.placement, frame.movable, keep)
+                found.append(self._solve(placement, QUICK))
+            if sum(t.fits for t in found) >= _FAST_COUNTS:
+                break
         return found
 
-    def _hybrid(self, host_layers: int, spilled: frozenset[int] | None) -> Tried:
-        """Decide which layers' experts go to RAM, then solve for types with homes fixed.
+    def _fastest_placement(
+        self, least: Tried, layers: Layers, bounds: FloatArray, alone: Tried | None
+    ) -> Tried:
+        """Return the placement that promises most speed within the slack of the least damage.
 
-        The relaxed problem with movable experts says how many layers each GPU keeps; the first
-        layers of a GPU are the ones it keeps, so that the flags stay short.
+        `bounds` are of damage, (K,); `alone` is a placement with nothing but the embedding in RAM.
         """
-        placement = self._placement(self._even_weights(), host_layers)
-        movable = self._movable(placement.layer_device)
-        kept = self._experts_kept(replace(placement, cpu_experts=movable))
-        best, wanted = self._less_damage(placement, movable, kept)
-        if not best.fits:
-            if spilled is None:
-                return best
-            return self._solve(replace(placement, cpu_experts=spilled), QUICK)
-        keep = _whole(wanted)
-        relaxed = relax(self._at_level(self._second_stage(best), best.solution.level))
-        if relaxed is None:
-            return best
-        prices = [float(relaxed.prices[-1]) * x for x in _PRICE_RANGE]
+        allowed = self._allowed(least) * (1 + _SAME)
+        prices = self._prices(least)
+        possible = bounds <= allowed
+        if not prices or not possible.any():
+            return least
+        best, cost = least, self._cost(least, prices)
+        looked = 0
+        if alone is not None and alone.solution.objective <= allowed:
+            alone = replace(alone, least_damage=least.least_damage)
+            if (less := self._cost(alone, prices)) < cost:
+                best, cost = alone, less
+        seconds = layers.least_seconds(allowed)
+        while looked < (1 if self._slow() else _FAST_COUNTS) and possible.any():
+            lower = np.where(possible, seconds.lower + layers.fixed_seconds, np.inf)
+            at = int(np.nonzero(lower <= float(lower.min()) * _EQUALLY_FAST)[0][0])
+            if lower[at] >= cost * (1 - _WORTH_A_LOOK):
+                break
+            possible[at] = False
+            host_layers = int(layers.slots[at])
+            found = list(self._fast_mixes(host_layers, least, allowed, prices, seconds))
+            looked += bool(found) or self._slow()
+            for tried in found:
+                less = self._cost(tried, prices)
+                if less < cost:
+                    best, cost = tried, less
+        return best
+
+    def _fast_mixes(
+        self,
+        host_layers: int,
+        least: Tried,
+        allowed: float,
+        prices: Sequence[float],
+        seconds: Bounds,
+    ) -> Iterator[Tried]:
+        """Yield placements for speed with so many layers wholly in RAM, none above `allowed`."""
+        unmoved = self._unmoved(host_layers)
+        if unmoved is not None and unmoved.solution.objective <= allowed:
+            yield replace(unmoved, least_damage=least.least_damage)
+        if host_layers and self._packed(host_layers).missing:
+            return
+        frame = self._frame(host_layers)
+        if frame is not None and frame.relaxed.objective <= allowed:
+            yield from self._fast_rounded(frame, least, allowed, prices, seconds)
+
+    def _fast_rounded(
+        self,
+        frame: Frame,
+        least: Tried,
+        allowed: float,
+        prices: Sequence[float],
+        seconds: Bounds,
+    ) -> Iterator[Tried]:
+        """Yield placements of whole layers near the relaxed one of most speed, better ones last.
+
+        `seconds` learn from it.
+        """
+        at = slice(frame.at, frame.at + 1)
+        second = to_problem(
+            frame.choices,
+            frame.capacities[at],
+            frame.levels[at],
+            (),
+            objective="seconds",
+            budget=allowed,
+        )
+        fastest = relax(second)
+        wanted = frame.kept
+        if fastest is not None:
+            seconds.learn(*self._pooled(fastest.prices))
+            wanted = self._kept_by(frame.choices, fastest.x)
+        keep = rounded_down(wanted)
+        level = self._one_level(frame)
+        best = self._within(frame, keep, least, allowed, level)
+        if best is None and nearest(frame.kept) != keep:
+            wanted, keep = frame.kept, nearest(frame.kept)
+            best = self._within(frame, keep, least, allowed, level)
+        if best is None:
+            return
+        yield best
         cost = self._cost(best, prices)
         order = sorted(range(len(wanted)), key=lambda g: keep[g] - wanted[g])
         # With a speed to reach every try couples all pools and costs ten times as much.
-        for gpu in order if self.timing.min_tps is None else order[:_COUPLED_TRIES]:
+        for gpu in order if self.timing.min_tps is None else order[:COUPLED_TRIES]:
             if wanted[gpu] - keep[gpu] < _WORTH_ROUNDING_UP:
                 break
             more = [k + (g == gpu) for g, k in enumerate(keep)]
-            tried = self._one_more(self._keeping(placement, movable, more), best)
+            tried = self._within(frame, more, least, allowed, best.solution.level)
             if tried is not None and (less := self._cost(tried, prices)) < cost:
                 best, keep, cost = tried, more, less
-        return best
+                yield best
 
-    def _less_damage(
-        self, placement: Placement, movable: frozenset[int], kept: _Kept
-    ) -> tuple[Tried, Sequence[float]]:
-        """Solve with the experts kept for speed if that is near the least damage, else for that."""
-        best = self._solve(self._keeping(placement, movable, _whole(kept.fast)), QUICK)
-        other = best
-        if _whole(kept.gentle) != _whole(kept.fast):
-            other = self._solve(self._keeping(placement, movable, _whole(kept.gentle)), QUICK)
-        least = min(best.solution.objective, other.solution.objective)
-        # No placement does less damage than the relaxed one; what whole layers and quick solves
-        # add to it may take a part of the slack, not the most of it.
-        least = max(kept.least_damage, least - _SLACK_FOR_ROUNDING * self._slack(least))
-        best, other = replace(best, least_damage=least), replace(other, least_damage=least)
-        if other.fits and best.solution.objective > self._allowed(best):
-            return other, kept.gentle
-        return best, kept.fast
-
-    def _one_more(self, placement: Placement, best: Tried) -> Tried | None:
-        """Return a placement near `best`, solved quickly; None when it costs too much damage."""
-        tried = self._solve(placement, QUICK, level=best.solution.level)
-        if not tried.fits or tried.solution.objective > self._allowed(best):
+    def _within(
+        self,
+        frame: Frame,
+        keep: Sequence[int],
+        least: Tried,
+        allowed: float,
+        level: int | None,
+    ) -> Tried | None:
+        """Solve a placement quickly; None when it costs more damage than allowed."""
+        placement = self._keeping(frame.placement, frame.movable, keep)
+        tried = self._solve(placement, QUICK, level=level, capped=False)
+        if not tried.fits or tried.solution.objective > allowed:
             return None
-        return replace(tried, least_damage=best.least_damage)
+        return replace(tried, least_damage=least.least_damage)
+
+    def _prices(self, tried: Tried) -> list[float]:
+        """Return what damage may cost in seconds, to compare placements by."""
+        relaxed = relax(self._at_level(self._second_stage(tried), tried.solution.level))
+        return [] if relaxed is None else [float(relaxed.prices[-1]) * x for x in _PRICE_RANGE]
 
     def _cost(self, tried: Tried, prices: Sequence[float]) -> float:
         """What a placement is judged by: least seconds at the allowed damage, relaxed.
 
-        `prices` are what damage may cost in seconds. What whole layers add to the damage beyond
-        the relaxed figure of stage 1, they will add in stage 2.
+        What whole layers add to the damage beyond the relaxed figure of stage 1, they will add in
+        stage 2.
         """
         second = self._at_level(self._second_stage(tried), tried.solution.level)
         lost = tried.solution.objective - tried.solution.lower_bound
-        return max(relaxed_at_price(second, p, self.memo) + p * lost for p in prices)
-
-    def _experts_kept(self, placement: Placement) -> _Kept:
-        """Return how many expert layers each GPU keeps in the relaxed problems of both stages."""
-        memory = self._memory(placement)
-        choices = self._choices(placement, memory, movable=True)
-        capacities, levels = self._capacities(memory, choices)
-        allowed = self.timing.allowed(placement)
-        one = _relaxed_level(to_problem(choices, capacities, levels, (), budget=allowed))
-        if one is None:
-            nothing = [0.0] * len(self.rig.gpus)
-            return _Kept(nothing, nothing, 0.0)
-        least, at = one
-        second = to_problem(
-            choices,
-            capacities[at : at + 1],
-            levels[at : at + 1],
-            (),
-            objective="seconds",
-            budget=least.objective + self._slack(least.objective),
-        )
-        fastest = relax(second) or least
-        gentle, fast = (self._kept_by(choices, found.x) for found in (least, fastest))
-        return _Kept(gentle, fast, least.objective)
-
-    def _kept_by(self, choices: Choices, x: FloatArray) -> list[float]:
-        """Return how many expert layers each GPU keeps in a relaxed answer."""
-        counts = [0.0] * len(self.rig.gpus)
-        for g, group in enumerate(choices.groups):
-            if len(set(group.homes.tolist())) > 1:
-                for home in range(len(counts)):
-                    counts[home] += float(x[g, : len(group.homes)][group.homes == home].sum())
-        return counts
-
-    def _keeping(
-        self, placement: Placement, movable: frozenset[int], keep: Sequence[int]
-    ) -> Placement:
-        """Return the placement in which each GPU keeps the experts of its first layers."""
-        moved: set[int] = set()
-        for gpu, n in enumerate(keep):
-            mine = sorted(i for i in movable if placement.layer_device[i] == gpu)
-            moved.update(mine[n:])
-        return replace(placement, cpu_experts=frozenset(moved))
+        seconds = max(relaxed_at_price(second, p, self.memo) + p * lost for p in prices)
+        if not np.isfinite(seconds):  # a tied head lies on a GPU and in RAM: pools are not separate
+            relaxed = relax(second)
+            seconds = np.inf if relaxed is None else relaxed.objective + prices[0] * lost
+        return seconds + self.timing.fixed(tried.placement)
 
     def _fastest(self, best: Tried) -> Solution:
         """Stage 2: least seconds per token with damage within the slack of stage 1."""
         second = self._second_stage(best)
-        relaxed = relax(self._at_level(second, best.solution.level))
-        if relaxed is not None:
-            prices = [float(relaxed.prices[-1]) * x for x in _PRICE_RANGE]
+        prices = self._prices(best)
+        if prices:
             most = set(self._promising(second, prices))
             most.add(int(np.searchsorted(second.levels, best.solution.level)))
             which = sorted(most)
@@ -199,7 +271,10 @@ class HybridSearch(Search):
                 second, levels=second.levels[which], capacities=second.capacities[which]
             )
         found = solve(second, _SPEED, self.memo)
-        return best.solution if found.status == "infeasible" else found
+        before = total(best.choices.seconds, best.solution.choice)
+        if found.status == "infeasible" or found.objective > before:
+            return best.solution
+        return found
 
     def _promising(self, problem: Problem, prices: Sequence[float]) -> list[int]:
         """Return the levels with the least bounds, each bound the best over `prices`."""
@@ -213,39 +288,3 @@ class HybridSearch(Search):
             others = [relaxed_at_price(levels[i], p, self.memo) for p in prices[1:]]
             full[i] = max(rough[i], *others)
         return sorted(full, key=lambda i: (full[i], i))[:_FAST_LEVELS]
-
-    def _movable(self, devices: Sequence[int]) -> frozenset[int]:
-        roles = movable_roles(self.model)
-        return frozenset(
-            t.layer
-            for t in self.model.tensors
-            if t.layer is not None
-            and t.layer < len(devices)
-            and t.role in roles
-            and devices[t.layer] != HOST
-        )
-
-
-def _whole(counts: Sequence[float]) -> list[int]:
-    return [int(n + 1e-6) for n in counts]
-
-
-def _relaxed_level(problem: Problem) -> tuple[Relaxed, int] | None:
-    """Return the relaxation at the level of z that promises least, and that level's index."""
-    for start in range(len(problem.levels) - 1, -1, -1):
-        found = relax(problem, start)
-        if found is not None:
-            break
-    else:
-        return None
-    bounds = [
-        lagrangian(
-            np.where(problem.level <= z, problem.cost, np.inf), problem.use, room, found.prices
-        )
-        for z, room in zip(problem.levels, problem.capacities, strict=True)
-    ]
-    at = int(np.argmin(bounds[: start + 1]))
-    better = relax(problem, at) if at != start else None
-    if better is None or better.objective >= found.objective:
-        return found, start
-    return better, at

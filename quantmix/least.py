@@ -22,6 +22,17 @@ from quantmix.rig.device import Rig
 
 
 @dataclass(frozen=True)
+class Packed:
+    """The smallest types on a placement: layers whose experts are in RAM, bytes that are missing.
+
+    `missing` is by device, +inf where no type may live there.
+    """
+
+    spilled: frozenset[int]
+    missing: dict[str, float]
+
+
+@dataclass(frozen=True)
 class Least:
     """Smallest bytes of every tensor on a GPU and in RAM, +inf where no type may live.
 
@@ -49,6 +60,11 @@ class Least:
 
     def spilled(self, rig: Rig, settings: Settings, placement: Placement) -> frozenset[int] | None:
         """Return which layers' experts must go to RAM at the smallest types; None: does not fit."""
+        packed = self.packed(rig, settings, placement)
+        return None if packed.missing else packed.spilled
+
+    def packed(self, rig: Rig, settings: Settings, placement: Placement) -> Packed:
+        """Return how the smallest types lie on the devices, experts in RAM where they must."""
         roles = movable_roles(self.model)
         layers = range(len(placement.layer_device))
         movable = frozenset(i for i in layers if rig.has_ram and placement.layer_device[i] != HOST)
@@ -60,6 +76,7 @@ class Least:
         level = int(np.max(np.where(movers, self.cpu, 0.0), initial=0.0)) if movable else 0
         fixed = [float(m.fixed_bytes(level)) for m in memory]
         out: set[int] = set()
+        missing: dict[str, float] = {}
         in_ram_bytes = self._in_ram(placement)
         head = in_ram_bytes[_embedding(self.model)].sum()
         ram = fixed[-1] + in_ram_bytes[loaded & (homes == HOST)].sum()
@@ -71,13 +88,15 @@ class Least:
             if memory[gpu].duplicate_embedding:
                 free -= head
             if free < 0:
-                return None
+                missing[device.name] = -float(free)
             layers_out, n_bytes = self._overflow(here & movers, float(free))
             ram += n_bytes
             out |= layers_out
         capacity = rig.host.capacity_bytes
-        fits = ram <= capacity if capacity is not None else np.isfinite(ram)
-        return frozenset(out) if fits else None
+        over = float(ram) - (np.inf if capacity is None else capacity)
+        if over > 0 or np.isnan(over):
+            missing[rig.host.name] = np.inf if np.isnan(over) else over
+        return Packed(frozenset(out), missing)
 
     def _overflow(self, movers: NDArray[np.bool_], free: float) -> tuple[set[int], float]:
         """Return the layers whose experts a GPU with `free` bytes cannot hold, and their bytes."""

@@ -11,7 +11,7 @@ where memory is dear to neighbours where it is cheap. Everything else is the kna
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,14 +25,19 @@ from quantmix.models.model import Model
 from quantmix.palette import Palette
 from quantmix.placement import move_boundary
 from quantmix.rig.device import Rig
-from quantmix.search import QUICK, Goals, Tried
+from quantmix.search import QUICK, Goals, Tried, better
+from quantmix.solve.bound import total
 from quantmix.solve.problem import Problem, Solution
-from quantmix.solve.solver import solve
+from quantmix.solve.solver import Limits, solve
 from quantmix.timing import Timing
 from quantmix.units import GIB
 
 _BOUNDARY_TRIES = 8
 _PRICE_RATIO = 1.25
+_SLACK_FOR_THE_GAP = 0.2  # share of the quality slack
+_NEAR = 1e-9
+_PART_OF_THE_GAP = 0.1
+_FEW_MOVED = 0.1  # share of the layers
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,9 @@ class Plan:
         stage1: the damage solve, whose bound is reported. problem: its knapsack.
         cpu_expert_bytes: largest single expert tensor in RAM.
         constraints: all hard constraints, in words.
+        damage, seconds: of the mix, and per token.
+        least_damage, lower_bound: with RAM, of stage 1 over all placements; else None, and those
+            of `stage1` are meant, for this split of the layers.
     """
 
     placement: Placement
@@ -56,14 +64,22 @@ class Plan:
     problem: Problem
     cpu_expert_bytes: int
     constraints: tuple[str, ...]
+    damage: float = 0.0
+    seconds: float = 0.0
+    least_damage: float | None = None
+    lower_bound: float | None = None
 
 
 @dataclass(frozen=True)
 class Shortage:
-    """Nothing fits: what is missing at least on every device, using the smallest types."""
+    """Nothing fits: what is missing at least on every device, using the smallest types.
+
+    `instead` is another way to see it: with so much more there, nothing would be missing either.
+    With neither, everything fits but for the speed asked for.
+    """
 
     missing_bytes: dict[str, int]
-    reason: str = ""
+    instead: dict[str, int] = field(default_factory=dict)
 
 
 def plan_on_rig(
@@ -76,17 +92,33 @@ def plan_on_rig(
 ) -> Plan | Shortage:
     """Return the best plan found on `rig`, or what is missing.
 
-    Small GPUs are left out when the plan does not fit with them, or only with more layers in RAM.
+    Small GPUs are left out when that makes room: where the plan does not fit with them, or only
+    with more layers in RAM. Of several plans the fastest within the slack of the least damage.
     """
-    shortage: Shortage | None = None
-    for cards, search in _searches(model, palette, rig, settings, timing, goals):
+    (_, whole), *fewer = _searches(model, palette, rig, settings, timing, goals)
+    first = whole.run()
+    plans = [first] if isinstance(first, Plan) else []
+    for cards, search in fewer:
+        if plans and not rig.has_ram:
+            break
         found = search.run()
         if isinstance(found, Plan):
-            return found if len(cards) == len(rig.gpus) else _on_rig(found, search, rig, cards)
-        if shortage is None or len(cards) == len(rig.gpus):
-            shortage = found
-    assert shortage is not None, "all GPUs together are a set of GPUs"
-    return shortage
+            plans.append(_on_rig(found, search, rig, cards))
+    if isinstance(first, Shortage) and not plans:
+        return first
+    return _fastest_of(plans, whole)
+
+
+def _fastest_of(plans: Sequence[Plan], search: _Search) -> Plan:
+    """Return the fastest plan within the slack of the least damage, with what holds for all."""
+    if len(plans) == 1:
+        return plans[0]
+    damage = min(p.least_damage for p in plans if p.least_damage is not None)
+    allowed = damage + search._slack(damage)
+    near = [p for p in plans if p.damage <= allowed * (1 + _NEAR)]
+    best = min(near, key=lambda p: p.seconds)
+    bound = min(p.lower_bound for p in plans if p.lower_bound is not None)
+    return replace(best, least_damage=damage, lower_bound=min(bound, damage))
 
 
 def _searches(
@@ -97,25 +129,18 @@ def _searches(
     timing: Timing,
     goals: Goals,
 ) -> Iterator[tuple[tuple[int, ...], _Search]]:
-    """Yield searches with all GPUs or fewer, as far as they may be of use.
+    """Yield a search with all GPUs, then with fewer where those may be of use.
 
-    All GPUs alone where the smallest types fit without layers in RAM: what fails then is a speed.
-    Else those first that leave the fewest layers in RAM; without RAM, those with the most GPUs.
+    With RAM they must make room; without, the smallest types do not fit on all GPUs.
     """
-    whole, *fewer = rig.card_sets()
-    search = _Search(model, palette, rig, settings, timing, goals)
-    leading = search.leading()
-    if leading == 0 or not fewer:
-        yield whole, search
-        return
-    tried = [(np.inf if leading is None else leading, whole, search)]
+    every, *fewer = rig.card_sets()
+    whole = _Search(model, palette, rig, settings, timing, goals)
+    yield every, whole
+    slots = whole.fewest() if fewer and rig.has_ram else None
     for cards in fewer:
-        other = replace(search, rig=rig.only(cards), timing=timing.only(cards), memo={})
-        leading = other.leading()
-        if leading is not None or not rig.has_ram:
-            tried.append((np.inf if leading is None else leading, cards, other))
-    for _, cards, other in sorted(tried, key=lambda t: t[0]) if rig.has_ram else tried:
-        yield cards, other
+        search = _Search(model, palette, rig.only(cards), settings, timing.only(cards), goals)
+        if search.makes_room(whole, slots) if rig.has_ram else whole.is_short():
+            yield cards, search
 
 
 def _on_rig(plan: Plan, search: _Search, rig: Rig, cards: Sequence[int]) -> Plan:
@@ -138,23 +163,138 @@ class _Search(HybridSearch):
                 return _shortage(best)
             best = self._solve(best.placement)
             return self._finish(best, best.solution)
-        best = self._least_host_layers()
-        if not best.fits:
-            return _shortage(best)
-        least = best.least_damage
-        best = replace(self._solve(best.placement), least_damage=least)
-        return self._finish(best, self._fastest(best))
+        layers = self._layers()
+        bounds = layers.least_damage(self.timing.wanted)
+        least = self._least_damage(bounds, self._possible(layers))
+        alone = self._alone(least)
+        if alone is not None and better(alone.solution, least.solution):
+            least = alone
+        if not least.fits:
+            return self._short()
+        lowest = float(bounds.lower.min())
+        limits = self._worthwhile(least.solution.objective, lowest)
+        least = self._known(self._closer(least, limits))
+        best = self._fastest_placement(least, layers, bounds.lower, alone)
+        if best.placement != least.placement:
+            again = self._solve(best.placement, limits, level=self._level_of(best))
+            again = replace(again, least_damage=least.least_damage)
+            best = again if again.fits else least
+        plan = self._finish(best, self._fastest(best))
+        damage = least.solution.objective
+        return replace(plan, least_damage=damage, lower_bound=min(lowest, damage))
+
+    def _closer(self, tried: Tried, limits: Limits) -> Tried:
+        """Solve a placement again, thoroughly where it is worth it; never worse than it was."""
+        if tried.solution.gap <= limits.gap:
+            return tried
+        again = self._solve(tried.placement, limits, level=self._level_of(tried))
+        return again if better(again.solution, tried.solution) else tried
+
+    def _level_of(self, tried: Tried) -> int | None:
+        """Return the level to solve a placement at again: with a speed to reach, where it was."""
+        return None if self.timing.min_tps is None else tried.solution.level
+
+    def _worthwhile(self, damage: float, lowest: float) -> Limits:
+        """Return limits that close a part of the gap that other placements leave open anyway."""
+        open_share = (damage - lowest) / damage if damage > 0 else 0.0
+        limits = self.goals.limits
+        return replace(limits, gap=max(limits.gap, _PART_OF_THE_GAP * open_share))
+
+    def _known(self, least: Tried) -> Tried:
+        """Return the placement of least damage with what that damage is, for the slack.
+
+        What its solve leaves open may take a part of the slack, not the most of it.
+        """
+        damage = least.solution.objective
+        open_part = _SLACK_FOR_THE_GAP * self._slack(damage)
+        return replace(least, least_damage=max(least.solution.lower_bound, damage - open_part))
+
+    def _alone(self, least: Tried) -> Tried | None:
+        """Return everything on the GPUs, split anew, when hardly any experts need the RAM."""
+        placement = least.placement
+        movable = self._movable(placement.layer_device)
+        few = len(placement.cpu_experts) <= _FEW_MOVED * len(movable)
+        if len(self.rig.gpus) < 2 or HOST in placement.layer_device or not few:
+            return None
+        found = self._resident(0)
+        return found if found.fits else None
 
     def feasible(self) -> bool:
-        """Whether any mix fits; one quick solve for each way of packing the smallest types."""
+        """Whether any mix fits: smallest types packed; a search when a speed is asked for."""
         if not self.rig.has_ram:
             return self._resident(0).fits
-        even = self._even_weights()
-        for host_layers, spilled in self._packed():
-            placement = replace(self._placement(even, host_layers), cpu_experts=spilled)
-            if self._solve(placement, QUICK).fits:
-                return True
-        return False
+        if self.timing.min_tps is not None:
+            layers = self._layers()
+            bounds = layers.least_damage(self.timing.wanted)
+            return self._least_damage(bounds, self._possible(layers)).fits
+        if self._packed_mix() is not None:
+            return True
+        frame = self._frame(self._host_counts()[0])
+        return frame is not None and self._rounded(frame) is not None
+
+    def may_fit(self) -> bool:
+        """Whether the smallest types fit, at a speed that no bound excludes; in milliseconds."""
+        if not self.rig.has_ram:
+            return not self.is_short()
+        if self.fewest() is None:
+            return False
+        if self.timing.wanted is None:
+            return True
+        return bool(self._possible(self._layers()).any())
+
+    def is_short(self) -> bool:
+        """Whether the smallest types do not fit with no layers in RAM, split evenly."""
+        return bool(self._packed(0).missing)
+
+    def makes_room(self, whole: _Search, theirs: int | None) -> bool:
+        """Whether fewer GPUs than `whole` has hold more, or more layers.
+
+        `theirs` is the `fewest` of `whole`.
+        """
+        ours = self.fewest()
+        if ours is None or theirs is None:
+            return ours is not None
+        return ours < theirs or self._room(ours) > whole._room(ours)
+
+    def _room(self, host_layers: int) -> int:
+        """Return the bytes that all GPUs have for weights with so many first slots in RAM."""
+        placement = self._placement(self._even_weights(), host_layers)
+        memory = device_memory(self.model, self.settings, self.rig, placement)
+        pairs = zip(self.rig.gpus, memory, strict=False)
+        return sum((g.capacity_bytes or 0) - m.fixed_bytes() for g, m in pairs)
+
+    def fastest(self) -> float:
+        """Return the most tokens per second that a mix was found to reach, 0 when nothing fits."""
+        free = replace(self, timing=replace(self.timing, min_tps=None), frames={}, ends={}, memo={})
+        tried = free._fastest_mixes() if self.rig.has_ram else [free._resident(0)]
+        seconds = np.inf
+        for some in tried:
+            second = to_problem(
+                some.choices,
+                some.problem.capacities,
+                some.problem.levels,
+                (),
+                objective="seconds",
+            )
+            found = solve(second, QUICK, self.memo) if some.fits else some.solution
+            seconds = min(seconds, found.objective + self.timing.fixed(some.placement))
+        return 1.0 / seconds
+
+    def _short(self) -> Shortage:
+        """Return what is missing: RAM alone or GPU memory alone, whatever number of layers is best.
+
+        Where every number of layers misses both, the least sum.
+        """
+        every = [self._packed(n).missing for n in self._host_counts()]
+        if not all(every):
+            return Shortage({})
+        host = self.rig.host.name
+        ram = [m for m in every if set(m) == {host} and np.isfinite(m[host])]
+        gpus = [m for m in every if host not in m]
+        ways = [min(some, key=lambda m: sum(m.values())) for some in (ram, gpus) if some]
+        ways = ways or [min(every, key=lambda m: sum(m.values()))]
+        rounded = [{d: int(np.ceil(x)) for d, x in way.items() if np.isfinite(x)} for way in ways]
+        return Shortage(*rounded)
 
     def _resident(self, host_layers: int) -> Tried:
         """Split the layers over the GPUs, solve, and shift single layers while that helps."""
@@ -169,7 +309,7 @@ class _Search(HybridSearch):
                 break
             tried.add(moved.layer_device)
             other = self._solve(moved, QUICK)
-            best = other if _better(other.solution, best.solution) else best
+            best = other if better(other.solution, best.solution) else best
         return best
 
     def _pooled_weights(self, placement: Placement) -> list[float]:
@@ -230,6 +370,8 @@ class _Search(HybridSearch):
             best.problem,
             int(best.choices.level[rows, solution.choice].max()),
             best.problem.constraints,
+            total(best.choices.damage, solution.choice),
+            total(best.choices.seconds, solution.choice) + self.timing.fixed(best.placement),
         )
 
 
@@ -241,15 +383,23 @@ def fits_at_all(
     return any(search.feasible() for _, search in searches)
 
 
+def may_fit(model: Model, palette: Palette, rig: Rig, settings: Settings, timing: Timing) -> bool:
+    """Whether `fits_at_all` is worth asking; cheaper still."""
+    searches = _searches(model, palette, rig, settings, timing, Goals())
+    return any(search.may_fit() for _, search in searches)
+
+
+def fastest_at_all(
+    model: Model, palette: Palette, rig: Rig, settings: Settings, timing: Timing
+) -> float:
+    """Return the most tokens per second that a mix was found to reach, 0 when nothing fits."""
+    searches = _searches(model, palette, rig, settings, timing, Goals())
+    return max(search.fastest() for _, search in searches)
+
+
 def _shortage(tried: Tried) -> Shortage:
     short = zip(tried.choices.pools, tried.solution.shortfall, strict=False)
     return Shortage({pool: int(np.ceil(x)) for pool, x in short if x > 0})
-
-
-def _better(a: Solution, b: Solution) -> bool:
-    if a.status == "infeasible":
-        return b.status == "infeasible" and a.shortfall.sum() < b.shortfall.sum()
-    return b.status == "infeasible" or a.objective < b.objective
 
 
 def price_per_gib(solution: Solution, pools: Sequence[str]) -> dict[str, float]:

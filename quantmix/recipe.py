@@ -93,7 +93,9 @@ class Optimality:
     """How good the answer is, proven: objective, lower bound, prices in nats per GiB.
 
     `gap` is that of stage 1, least damage. `given_for_speed` is what stage 2 then spent of the
-    quality slack, in nats, so `objective − given_for_speed` is what the gap is about.
+    quality slack, in nats, so `objective − given_for_speed` is what the gap is about. `holds_for`
+    says what the bound is about: any mix, any mix on any placement (with RAM), or any on this
+    split of the layers (several GPUs without).
     """
 
     status: str
@@ -103,6 +105,7 @@ class Optimality:
     constraints: tuple[str, ...] = ()
     prices: dict[str, float] = field(default_factory=dict)
     given_for_speed: float = 0.0
+    holds_for: str = "any mix"
 
 
 @dataclass(frozen=True, slots=True)

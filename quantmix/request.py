@@ -183,6 +183,7 @@ def fulfil(
             *more,
             *trained.notes(model),
             *_profile_note(request, model, found),
+            *_speed_note(request, found),
             *written.notes,
         ),
     )
@@ -218,6 +219,14 @@ def _profile_note(request: Request, model: Model, found: Design) -> tuple[str, .
             prices.append(f"{gib(more)} on {ours.name}")
     what = f"profile {request.profile}: ubatch {settings.ubatch}"
     return (f"{what} costs {', '.join(prices)} more than {_DEFAULT_UBATCH}",) if prices else (what,)
+
+
+def _speed_note(request: Request, found: Design) -> tuple[str, ...]:
+    """Say on what assumed bandwidths a speed to reach was judged."""
+    from quantmix.timing import assumed
+
+    guess = assumed(found.rig) if request.min_tps is not None and found.rig is not None else ""
+    return (f"--min-tps {request.min_tps:g} was judged with assumed {guess}",) if guess else ()
 
 
 def own_measurements(model: Model, db: str | Path | None = None) -> tuple[Measurement, ...]:

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from quantmix.choices import Choices, build_choices, to_problem
+from quantmix.errors import UsageError
 from quantmix.memory.head import head_device, head_name
 from quantmix.memory.model import HOST, DeviceMemory, Placement
 from quantmix.memory.plan import device_memory
@@ -66,6 +68,9 @@ class Search:
     timing: Timing
     goals: Goals
     memo: Memo = field(default_factory=dict)
+    ends: dict[tuple[tuple[int, ...], int], tuple[Choices, Choices] | None] = field(
+        default_factory=dict
+    )
 
     def _placement(self, weights: Sequence[float], host_layers: int) -> Placement:
         """Return the placement of a contiguous split by weight, no experts in RAM.
@@ -119,6 +124,32 @@ class Search:
             kept_seconds=self.timing.kept,
         )
 
+    def _fixed_choices(self, placement: Placement, memory: Sequence[DeviceMemory]) -> Choices:
+        """Return the choices of a placement, from those with no experts in RAM and with all.
+
+        Placements that differ in their experts only are many, and building choices is slow.
+        """
+        key = placement.layer_device, placement.output_device
+        if key not in self.ends:
+            self.ends[key] = self._both_ends(placement)
+        ends = self.ends[key]
+        if ends is None:
+            return self._choices(placement, memory)
+        return _between(*ends, placement)
+
+    def _both_ends(self, placement: Placement) -> tuple[Choices, Choices] | None:
+        """Return the choices with no experts in RAM and with all; None when one is impossible."""
+        every = frozenset(i for i, d in enumerate(placement.layer_device) if d != HOST)
+        ends = []
+        for layers in (frozenset[int](), every):
+            there = replace(placement, cpu_experts=layers)
+            memory = device_memory(self.model, self.settings, self.rig, there)
+            try:
+                ends.append(self._choices(there, memory))
+            except UsageError:
+                return None
+        return ends[0], ends[1]
+
     def _capacities(
         self, memory: Sequence[DeviceMemory], choices: Choices
     ) -> tuple[FloatArray, IntArray]:
@@ -139,11 +170,19 @@ class Search:
         return capacities, levels.astype(np.int64)
 
     def _solve(
-        self, placement: Placement, limits: Limits | None = None, *, level: int | None = None
+        self,
+        placement: Placement,
+        limits: Limits | None = None,
+        *,
+        level: int | None = None,
+        capped: bool = True,
     ) -> Tried:
-        """Stage 1 for one placement, at one level of z when it is given."""
+        """Stage 1 for one placement, at one level of z when it is given.
+
+        Without `capped` a speed to reach is left out: quick, and stage 2 makes the mix fast anyway.
+        """
         memory = device_memory(self.model, self.settings, self.rig, placement)
-        choices = self._choices(placement, memory)
+        choices = self._fixed_choices(placement, memory)
         capacities, levels = self._capacities(memory, choices)
         constraints = self.palette.constraints
         if len(self.rig.gpus) > 1 or self.rig.has_ram:
@@ -152,7 +191,7 @@ class Search:
         if placement.cpu_experts:
             layers = number_ranges(placement.cpu_experts)
             constraints = (*constraints, f"experts in RAM: layers {layers}")
-        allowed = self.timing.allowed(placement)
+        allowed = self.timing.allowed(placement) if capped else None
         problem = to_problem(choices, capacities, levels, constraints, budget=allowed)
         if level is not None:
             problem = self._at_level(problem, level)
@@ -188,3 +227,43 @@ class Search:
         if self.goals.quality_slack is not None:
             return self.goals.quality_slack
         return max(_SLACK_NATS, _SLACK_SHARE * damage)
+
+
+def better(a: Solution, b: Solution) -> bool:
+    """Whether `a` does less damage than `b`, or is short of less where neither fits."""
+    if a.status == "infeasible":
+        return b.status == "infeasible" and a.shortfall.sum() < b.shortfall.sum()
+    return b.status == "infeasible" or a.objective < b.objective
+
+
+def _between(none: Choices, every: Choices, placement: Placement) -> Choices:
+    """Return the choices of a placement: rows of layers whose experts are in RAM from `every`."""
+    layers = placement.cpu_experts
+    if not layers:
+        return none
+    first = [none.model.tensors[g.members[0]] for g in none.groups]
+    moved = np.array([t.layer is None or t.layer in layers for t in first])
+    width = max(none.damage.shape[1], every.damage.shape[1])
+
+    def joined(
+        a: NDArray[np.generic], b: NDArray[np.generic], filler: float
+    ) -> NDArray[np.float64]:
+        a, b = (_widened(x, width, filler) for x in (a, b))
+        return np.where(moved[:, None], b, a)
+
+    pairs = zip(none.groups, every.groups, moved, strict=True)
+    return replace(
+        none,
+        groups=tuple(b if there else a for a, b, there in pairs),
+        damage=joined(none.damage, every.damage, np.inf),
+        seconds=joined(none.seconds, every.seconds, np.inf),
+        use=joined(none.use, every.use, 0.0),
+        level=joined(none.level, every.level, 0).astype(np.int64),
+    )
+
+
+def _widened(values: NDArray[np.generic], width: int, filler: float) -> NDArray[np.generic]:
+    """Return values with their last axis filled up to `width`."""
+    missing = width - values.shape[-1]
+    edges = [(0, 0)] * (values.ndim - 1) + [(0, missing)]
+    return np.pad(values, edges, constant_values=filler) if missing else values

@@ -18,6 +18,7 @@ from quantmix.palette import Palette
 from quantmix.recipe import Speed
 from quantmix.rig.device import Rig
 from quantmix.speed import model as speed
+from quantmix.speed.constants import constants
 
 if TYPE_CHECKING:
     from quantmix.planner import Plan
@@ -41,6 +42,11 @@ class Timing:
     kept: FloatArray
     min_tps: float | None = None
 
+    @property
+    def wanted(self) -> float | None:
+        """Seconds per token at the speed that must be reached."""
+        return None if self.min_tps is None else 1.0 / self.min_tps
+
     def only(self, cards: Sequence[int]) -> Timing:
         """Return the timing of a rig with these GPUs only (`Rig.only`)."""
         rows = [*cards, len(self.rig.gpus)]
@@ -48,10 +54,19 @@ class Timing:
 
     def allowed(self, placement: Placement) -> float | None:
         """Return the seconds per token that weights may take to reach `min_tps`."""
-        if self.min_tps is None:
-            return None
-        fixed = speed.fixed_seconds(self.model, self.settings, self.rig, placement)
-        return 1.0 / self.min_tps - fixed
+        wanted = self.wanted
+        return None if wanted is None else wanted - self.fixed(placement)
+
+    def fixed(self, placement: Placement) -> float:
+        """Return the seconds per token that no choice of types changes."""
+        return speed.fixed_seconds(self.model, self.settings, self.rig, placement)
+
+    def waiting(self, n_blocks: int) -> FloatArray:
+        """Return (n_blocks,) seconds per token that each layer's experts add by lying in RAM."""
+        experts = {t.layer for t in self.model.tensors if t.loaded and t.role.endswith("_exps")}
+        each = 1e-3 * constants()["oh_ms", "layer"]
+        n_layer = self.model.hparams.n_layer
+        return np.array([each * (i in experts and i < n_layer) for i in range(n_blocks)])
 
     def predict(self, plan: Plan, mix: Sequence[GgmlType | None]) -> Speed:
         """Return tokens per second of a plan with its band; unknown rigs give None."""
@@ -78,3 +93,14 @@ def _kept_seconds(model: Model, palette: Palette, rig: Rig, settings: Settings) 
         for i in kept:
             seconds[:, i] = each[:, i, names.index(model.tensors[i].source_type)]
     return seconds
+
+
+def assumed(rig: Rig) -> str:
+    """Return in words which bandwidths the times of a rig rest on without knowing them, or ''."""
+    unknown = [g.name for g in rig.gpus if g.bandwidth_gbs is None]
+    parts = []
+    if unknown:
+        parts.append(f"{speed.ASSUMED_GPU_GBS:.0f} GB/s for {', '.join(unknown)} (name the cards)")
+    if rig.has_ram and rig.host.bandwidth_gbs is None:
+        parts.append(f"{speed.ASSUMED_RAM_GBS:.0f} GB/s for RAM (name the CPU with --cpu)")
+    return " and ".join(parts)

@@ -227,3 +227,79 @@ def test_nan_is_no_number(flag: str, tmp_path: Path) -> None:
     request = Request(SMALL, gpus="1xrtx-4090", no_check=True, out=tmp_path)
     with pytest.raises(UsageError, match=flag.replace("_", "-")):
         fulfil(replace(request, **{flag: math.nan}))  # type: ignore[arg-type]
+
+
+def refused(name: str, gpus: str, ram: str | None, **options: object) -> str:
+    """Return the one line that says why nothing fits."""
+    with pytest.raises(InfeasibleBudget) as caught:
+        qm.design(qm.load_model(name), Budget.from_gpus(gpus, ram=ram), options=Options(**options))
+    words = str(caught.value)
+    assert "\n" not in words
+    return words
+
+
+@pytest.mark.parametrize(
+    ("name", "gpus", "ram"),
+    [("deepseek-r1", "3x24G", "64G"), ("gpt-oss-120b", "2x16G", "32G")],
+)
+def test_the_shortfall_and_the_mend_are_of_one_placement(name: str, gpus: str, ram: str) -> None:
+    """RAM that is missing, added, is the RAM that is named, to its whole GiB and the reserve."""
+    words = refused(name, gpus, ram)
+    short = float(words.split("short by CPU ", 1)[1].split(" GiB", 1)[0])
+    named = int(words.split("--ram ", 1)[1].split("G", 1)[0])
+    assert named - 1.5 <= int(ram[:-1]) + short <= named
+
+
+@pytest.mark.parametrize(
+    ("name", "gpus", "ram"),
+    [("deepseek-r1", "3x24G", "64G"), ("kimi-k2", "4x25GiB", "96G"), ("qwen3-8b", "1x1G", "6G")],
+)
+def test_the_smallest_named_is_the_smallest(name: str, gpus: str, ram: str) -> None:
+    """What is named works; one GiB less, of RAM or of every card, does not."""
+    words = refused(name, gpus, ram)
+    model = qm.load_model(name)
+    cards, size = words.split("--gpus ", 1)[1].split("GiB", 1)[0].split("x")
+    named = int(words.split("--ram ", 1)[1].split("G", 1)[0])
+    assert qm.design(model, Budget.from_gpus(gpus, ram=f"{named}G")).devices
+    assert qm.design(model, Budget.from_gpus(f"{cards}x{size}GiB", ram=ram)).devices
+    for less in (
+        Budget.from_gpus(gpus, ram=f"{named - 1}G"),
+        Budget.from_gpus(f"{cards}x{int(size) - 1}GiB", ram=ram),
+    ):
+        with pytest.raises(InfeasibleBudget):
+            qm.design(model, less)
+
+
+def test_cards_that_are_sold_are_named_beside_literal_sizes() -> None:
+    """A 24G card shows less than 24 GiB: `4x24G is too small, 4x24GiB works` needs a word more."""
+    words = refused("llama-3.1-405b", "4x24G", None)
+    assert "--gpus 4x24GiB (of those sold: 32G)" in words
+
+
+def test_a_speed_that_is_too_much_gets_one_that_works() -> None:
+    """The refusal names the most that can be asked for; feeding it back works."""
+    name, rig = "qwen3-30b-a3b", {"gpus": "1xrtx-3060", "ram": "64G"}
+    words = refused(name, **rig, min_tps=500.0)
+    assert "assumed: 100 GB/s for RAM" in words
+    reached = float(words.split("lower --min-tps to ", 1)[1].split(",", 1)[0])
+    assert 20 < reached < 500
+    options = Options(min_tps=reached)
+    assert qm.design(qm.load_model(name), Budget.from_gpus(**rig), options=options).devices
+
+
+@pytest.mark.parametrize("budget", [{"size": "5G"}, {"vram": "12G"}])
+def test_a_speed_on_what_has_none_is_refused(budget: dict[str, str], tmp_path: Path) -> None:
+    """--min-tps makes no sense for a file or an idealised device."""
+    with pytest.raises(UsageError, match="--min-tps means nothing with"):
+        fulfil(Request(SMALL, **budget, min_tps=5, no_check=True, out=tmp_path))
+
+
+def test_assumed_bandwidths_behind_a_speed_are_told(tmp_path: Path) -> None:
+    """Unknown cards or RAM: the limit is judged with typical ones, and a note says so."""
+    rig = {"gpus": "1x8G", "ram": "64G"}
+    answer = fulfil(Request(SMALL, **rig, min_tps=5, no_check=True, out=tmp_path))
+    notes = [n for n in answer.notes if "--min-tps 5 was judged with assumed" in n]
+    assert "GPU0 (name the cards)" in notes[0]
+    assert "--cpu" in notes[0]
+    known = Request(SMALL, gpus="1xrtx-3060", min_tps=5, no_check=True, out=tmp_path)
+    assert not any("assumed" in n for n in fulfil(known).notes)

@@ -95,9 +95,10 @@ def _print_proof(console: Console, answer: Answer) -> None:
         if o.given_for_speed
         else ""
     )
+    where = "" if o.holds_for == "any mix" else f" on {o.holds_for}"
     console.print(
         f"[bold]Proof[/bold]  damage {o.objective:.5f} nats;{spent} no mix below "
-        f"{o.lower_bound:.5f} (gap {o.gap:.1e}, {answer.solve_seconds:.2f} s)"
+        f"{o.lower_bound:.5f}{where} (gap {o.gap:.1e}, {answer.solve_seconds:.2f} s)"
     )
     for constraint in o.constraints:
         console.print(f"  [dim]{constraint}[/dim]")

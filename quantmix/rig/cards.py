@@ -92,6 +92,14 @@ def find_card(name: str, *kinds: Kind) -> Card:
 
 
 @cache
+def sold_sizes() -> tuple[int, ...]:
+    """Return the GiB that GPUs of the table are sold with, ascending."""
+    return tuple(
+        sorted({c.memory_gib for c in cards().values() if c.kind == "gpu" and c.memory_gib})
+    )
+
+
+@cache
 def usable_of_size(gib: int) -> int:
     """Return the bytes that a card sold as `gib` GiB surely has: the least such card of the table.
 
