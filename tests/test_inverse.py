@@ -157,7 +157,6 @@ def test_a_desktop_takes_more_of_the_first_gpu_only() -> None:
         ({"max_loss": "1%", "ctx": "max"}, "--ctx max and --max-loss"),
         ({"max_loss": "1%", "ctx": "max", "gpus": "1x24G"}, "--ctx max and --max-loss"),
         ({"gpus": "1x24G", "ram_reserve": "4G"}, "add --ram"),
-        ({"gpus": "1x24G", "min_tps": 9.0}, "name the card"),
         ({"vram": "8G", "ubatch": 0}, "--ubatch 0 must be above zero"),
         ({"vram": "8G", "ubatch": 1024, "profile": "fast"}, "neither prompt nor generate"),
     ],
