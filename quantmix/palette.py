@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,7 +75,6 @@ def build(model: Model, loss: LossModel, engine: Engine, limits: TypeLimits) -> 
         UsageError: a type that cannot be written, or not without an imatrix; a bad regex, a rule
             that matches nothing, a pin below a floor.
     """
-    limits = _as_spelled(limits, engine)
     asked = _asked(engine, limits)
     pins = [_rule(text, name, engine, limits, "--pin") for text, name in limits.pins]
     floors = [_rule(text, name, engine, limits, "--floor") for text, name in limits.floors]
@@ -122,16 +121,6 @@ def build(model: Model, loss: LossModel, engine: Engine, limits: TypeLimits) -> 
         cpu=np.array([limits.allow_slow_cpu or not t.slow_cpu for t in columns]),
         constraints=tuple(constraints),
         fallbacks=tuple(fallbacks),
-    )
-
-
-def _as_spelled(limits: TypeLimits, engine: Engine) -> TypeLimits:
-    """Spell the types as the engine does: people write Q4_K and IQ3_K."""
-    return replace(
-        limits,
-        types=tuple(ggml.spelled(name, engine) for name in limits.types),
-        pins=tuple((text, ggml.spelled(name, engine)) for text, name in limits.pins),
-        floors=tuple((text, ggml.spelled(name, engine)) for text, name in limits.floors),
     )
 
 

@@ -115,18 +115,6 @@ def test_only_the_types_asked_for_are_used(r1: Model) -> None:
         assert any("iq4_nl" in w for w in made.quality.warnings)
 
 
-def test_types_may_be_written_in_any_case(small: Model) -> None:
-    """As people and file names write them; the recipe has the engine's spelling."""
-    limits = TypeLimits(
-        types=("Q4_K", "IQ3_K", "q8_0"),
-        pins=(("attn_k", "Q6_k"),),
-        floors=(("token_embd", "IQ4_KS"),),
-    )
-    made = run(small, Budget.from_size("5.5bpw"), Options(limits=limits)).recipe
-    assert {"pin attn_k=q6_K", "floor token_embd=iq4_ks"} <= set(made.optimality.constraints)
-    assert {t.type for t in made.tensors} <= {"q4_K", "iq3_k", "q8_0", "q6_K", "iq4_ks", "f32"}
-
-
 def test_a_pin_below_a_floor_is_refused(small: Model) -> None:
     """Both cannot hold; a pin at the floor or above it can."""
     floors = (("ffn_down", "q6_K"),)
@@ -243,7 +231,7 @@ def test_pins_and_floors_hold(small: Model) -> None:
 @pytest.mark.parametrize(
     ("limits", "error", "words"),
     [
-        (TypeLimits(types=("q6_kk",)), UnknownName, "q6_K"),
+        (TypeLimits(types=("q6_k",)), UnknownName, "q6_K"),
         (TypeLimits(types=("q8_1",)), UsageError, "q8_1"),
         (TypeLimits(pins=(("nosuch", "q8_0"),)), UsageError, "matches no"),
         (TypeLimits(pins=(("(", "q8_0"),)), UsageError, "regular expression"),

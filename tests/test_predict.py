@@ -116,7 +116,7 @@ def test_the_command_prints_one_json_document(capsys: pytest.CaptureFixture[str]
     """`--json` gives size, quality, roles and unmatched, and nothing else on stdout."""
     from quantmix.cli.predict import predict as command
 
-    command("qwen3.5-0.8b", uniform="IQ4_KS", as_json=True, quiet=True)
+    command("qwen3.5-0.8b", uniform="iq4_ks", as_json=True, quiet=True)
     doc = json.loads(capsys.readouterr().out)
     assert {"size", "quality", "roles", "unmatched"} <= set(doc)
     assert doc["quality"]["ppl_low"] < doc["quality"]["ppl"] < doc["quality"]["ppl_high"]

@@ -58,7 +58,6 @@ def predict(
 
     from quantmix import predict as mixes
     from quantmix.errors import UsageError
-    from quantmix.ggml.types import spelled
     from quantmix.loss import load as load_loss
     from quantmix.models.sources import load_model
 
@@ -68,7 +67,7 @@ def predict(
     if recipe is not None:
         asked = mixes.read_mix(recipe, base, engine.value)
     else:
-        asked = mixes.uniform(base, spelled(uniform or "", engine.value), engine.value)
+        asked = mixes.uniform(base, uniform or "", engine.value)
     loss = load_loss(base, engine=engine.value, imatrix=not no_imatrix, measurements=measurements)
     foreign = recipe is not None and not mixes.is_ours(recipe)
     found = mixes.predict(base, asked, engine=engine.value, loss=loss, foreign=foreign)

@@ -35,7 +35,7 @@ def quantmix(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         (("deepseek-r1", "--vram", "192G", "--ram-reserve", "4G"), 2, "use --gpus with --ram"),
         (("deepseek-r1", "--size", "4bpw", "--reserve", "1G"), 2, "--reserve means nothing"),
         (("deepseek-r1", "--max-loss", "1%", "--ctx", "max"), 2, "--ctx max and --max-loss"),
-        (("deepseek-r1", "--vram", "192G", "--types", "q6_kk"), 2, "q6_K"),
+        (("deepseek-r1", "--vram", "192G", "--types", "q6_k"), 2, "q6_K"),
         (("deepseek-r1", "--vram", "192G", "--pin", "nosuch=q8_0"), 2, "nosuch"),
         (("deepseek-r1", "--vram", "192G", "--pin", "(=q8_0"), 2, "regular expression"),
         (("deepseek-r1", "--vram", "192G", "--pin", "nothing"), 2, "REGEX=TYPE"),
