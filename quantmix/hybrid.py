@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from quantmix.choices import to_problem
 from quantmix.frame import COUPLED_TRIES, Frame, FrameSearch, nearest, rounded_down
 from quantmix.leading import Bounds, Layers
+from quantmix.memory.model import HOST
 from quantmix.search import QUICK, Tried, better
 from quantmix.solve.bound import total
 from quantmix.solve.problem import FloatArray, Problem, Solution
@@ -25,7 +26,7 @@ from quantmix.solve.solver import Limits, relax, relaxed_at_price, solve
 
 _MOST_COUNTS, _MOST_MISSES = 4, 8
 _FAR, _NEIGHBOURS = 1.25, 2  # times the relaxed damage; numbers of layers
-_FAST_COUNTS = 3
+_FAST_COUNTS, _FAST_MISSES = 3, 4
 _WORTH_A_LOOK = 5e-3  # of seconds
 _EQUALLY_FAST = 1.02  # of predicted seconds; then fewer layers in RAM are better
 _SAME = 1e-9  # of damage: the same but for the order of sums
@@ -139,13 +140,16 @@ class HybridSearch(FrameSearch):
         if not prices or not possible.any():
             return least
         best, cost = least, self._cost(least, prices)
-        looked = 0
+        looked = missed = 0
+        in_ram = sum(d == HOST for d in least.placement.layer_device)
+        away = np.abs(np.asarray(layers.slots) - in_ram)
         if alone is not None and alone.solution.objective <= allowed:
             alone = replace(alone, least_damage=least.least_damage)
             if (less := self._cost(alone, prices)) < cost:
                 best, cost = alone, less
         seconds = layers.least_seconds(allowed)
-        while looked < (1 if self._slow() else _FAST_COUNTS) and possible.any():
+        most = 1 if self._slow() else _FAST_COUNTS
+        while looked < most and missed < _FAST_MISSES and possible.any():
             lower = np.where(possible, seconds.lower + layers.fixed_seconds, np.inf)
             at = int(np.nonzero(lower <= float(lower.min()) * _EQUALLY_FAST)[0][0])
             if lower[at] >= cost * (1 - _WORTH_A_LOOK):
@@ -154,6 +158,9 @@ class HybridSearch(FrameSearch):
             host_layers = int(layers.slots[at])
             found = list(self._fast_mixes(host_layers, least, allowed, prices, seconds))
             looked += bool(found) or self._slow()
+            if not found:  # whole layers cost too much there: halfway to where they did not
+                missed += 1
+                possible &= away <= away[at] // 2
             for tried in found:
                 less = self._cost(tried, prices)
                 if less < cost:

@@ -37,6 +37,7 @@ _PRICE_RATIO = 1.25
 _SLACK_FOR_THE_GAP = 0.2  # share of the quality slack
 _NEAR = 1e-9
 _PART_OF_THE_GAP = 0.1
+_PART_OF_THE_SLACK = 0.1
 _FEW_MOVED = 0.1  # share of the layers
 
 
@@ -195,10 +196,15 @@ class _Search(HybridSearch):
         return None if self.timing.min_tps is None else tried.solution.level
 
     def _worthwhile(self, damage: float, lowest: float) -> Limits:
-        """Return limits that close a part of the gap that other placements leave open anyway."""
+        """Return limits that close a part of the gap that other placements leave open anyway.
+
+        Nor is it worth seconds to know the least damage to less than a tenth of what stage 2 may
+        spend.
+        """
         open_share = (damage - lowest) / damage if damage > 0 else 0.0
+        spent = _PART_OF_THE_SLACK * self._slack(damage) / damage if damage > 0 else 0.0
         limits = self.goals.limits
-        return replace(limits, gap=max(limits.gap, _PART_OF_THE_GAP * open_share))
+        return replace(limits, gap=max(limits.gap, _PART_OF_THE_GAP * open_share, spent))
 
     def _known(self, least: Tried) -> Tried:
         """Return the placement of least damage with what that damage is, for the slack.
