@@ -323,7 +323,9 @@ def _posterior(
     case: cases.Cases, rows: Sequence[Row], keep: Sequence[int], h: Hyper
 ) -> calibrate.Posterior:
     bench, model = case.bench, case.model
-    known = calibrate.prior(bench.ln_base, bench.ln_base_sd, prior.kind(model), h)
+    known = calibrate.prior(
+        bench.ln_base, bench.ln_base_sd, model.n_elements, prior.scale_law(model), h
+    )
     return calibrate.fit([rows[j] for j in keep], known, h)
 
 

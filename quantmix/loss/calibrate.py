@@ -28,12 +28,7 @@ import numpy as np
 
 from quantmix.loss import features, response
 from quantmix.loss.model import FloatArray
-from quantmix.loss.prior import Kind
 
-# What the same types cost one model on two texts, as sd of ln: 0.37 over eleven models, 0.44 over
-# the six of them that are not sparse (last column of tests/bench/bench_sweeps.py, without
-# GLM-4.7-Flash). A prior has to hold on any text: none is narrower.
-TEXT_SD = 0.4
 _NU = 5.0
 _MAX_STEPS = 60
 # Median of |t| with 5 degrees of freedom.
@@ -49,9 +44,7 @@ class Hyper:
     """Hyper-parameters, all fitted by `python -m quantmix.loss.fit` (params.json).
 
     `quantiles` are those of ln rise and of the noise of base and row, `quantile_prior` that of ln
-    rise where only the prior speaks. `scales` are the measured models, each with id, architecture,
-    vocabulary, number of weights, exact type, ln of its damage at iq4_k and the variance of that;
-    `kin_sd` is what models of one line differ by.
+    rise where only the prior speaks.
     """
 
     power: float
@@ -76,8 +69,6 @@ class Hyper:
     hybrid_size_slope: float
     hybrid_ln_scale_sd: float
     size_curve: tuple[float, ...]
-    kin_sd: float
-    scales: tuple[tuple[str, str, int, int, str, float, float], ...]
 
 
 @cache
@@ -85,11 +76,8 @@ def hyper(without: str = "") -> Hyper:
     """Return the shipped hyper-parameters, or those fitted `without` a model of that id."""
     doc = json.loads((files("quantmix.loss") / "params.json").read_text(encoding="utf-8"))
     raw: dict[str, Any] = {**doc["hyper"], **doc["without"].get(without, {})}
-    return Hyper(**{k: _tuples(v) for k, v in raw.items()})
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
+    return Hyper(**values)
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,29 +169,11 @@ class Prediction:
         return self.ln_ppl - float(np.sqrt(down + edge)), self.ln_ppl + float(np.sqrt(up + edge))
 
 
-def ln_scale_prior(kind: Kind, h: Hyper) -> tuple[float, float]:
-    """Return mean and sd of k for a model before anything of it was measured.
+def ln_scale_prior(n_elements: int, law: str, h: Hyper) -> tuple[float, float]:
+    """Return mean and sd of k for a model of that size under a law of `loss.prior.scale_law`.
 
     Models that are not sparse lose more when small: those of one line closely, others loosely.
-    Where others of its line were measured their level counts, as in a random effect of lines.
     """
-    mean, sd = scale_of_law(kind.n_elements, kind.law, h)
-    between = sd**2 - h.kin_sd**2
-    kin = [
-        (scale, variance)
-        for name, arch, n_vocab, n_elements, exact, scale, variance in h.scales
-        if kind.is_kin(Kind(name, arch, n_vocab, n_elements, kind.law, exact))
-    ]
-    if not kin or between <= 0.0:
-        return mean, sd
-    weights = [1.0 / (h.kin_sd**2 + variance) for _, variance in kin]
-    precision = 1.0 / between + sum(weights)
-    level = sum(w * (scale - mean) for w, (scale, _) in zip(weights, kin, strict=True)) / precision
-    return mean + level, min(sd, max(TEXT_SD, math.sqrt(h.kin_sd**2 + 1.0 / precision)))
-
-
-def scale_of_law(n_elements: int, law: str, h: Hyper) -> tuple[float, float]:
-    """Return mean and sd of k by size alone, under a law of `loss.prior.scale_law`."""
     if law == "sparse":
         return h.moe_ln_scale, h.moe_ln_scale_sd
     size = float(np.log(27e9 / max(n_elements, 10**7)))
@@ -212,10 +182,15 @@ def scale_of_law(n_elements: int, law: str, h: Hyper) -> tuple[float, float]:
     return h.dense_ln_scale + h.dense_size_slope * size, h.dense_ln_scale_sd
 
 
-def prior(ln_base: float, ln_base_sd: float, kind: Kind, h: Hyper | None = None) -> Prior:
-    """Return the prior of one model's parameters; `ln_base` is its ln PPL unquantized."""
+def prior(
+    ln_base: float, ln_base_sd: float, n_elements: int, law: str, h: Hyper | None = None
+) -> Prior:
+    """Return the prior of one model's parameters; `ln_base` is its ln PPL unquantized.
+
+    `law` is how damage goes with size, of `loss.prior.scale_law`.
+    """
     h = h or hyper()
-    scale, scale_sd = ln_scale_prior(kind, h)
+    scale, scale_sd = ln_scale_prior(n_elements, law, h)
     n_types = len(features.columns())
     mean = np.concatenate(
         [[ln_base, scale, 0.0, h.ln_onset], np.zeros(features.N_GROUPS + n_types)]

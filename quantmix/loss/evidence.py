@@ -244,7 +244,7 @@ def unknown_base(model: Model, rows: Sequence[Row], h: Hyper) -> tuple[float, fl
 
     From the row that tells most: measured, less what the prior says that its mix lost.
     """
-    scale, scale_sd = ln_scale_prior(prior.kind(model), h)
+    scale, scale_sd = ln_scale_prior(model.n_elements, prior.scale_law(model), h)
     theta = np.zeros(response.n_parameters())
     theta[response.SCALE], theta[response.ONSET] = scale, h.ln_onset
     rises = response.respond(theta, np.array([r.w for r in rows]), h.power).rise

@@ -87,8 +87,8 @@ class MeasuredModel:
         if known > 0.0:
             scale = sum(k for k, _ in reference) / known
         else:
-            known_of_kind = calibrate.ln_scale_prior(prior.kind(model), calibrate.hyper())
-            scale = math.exp(known_of_kind[0])
+            law, h = prior.scale_law(model), calibrate.hyper()
+            scale = math.exp(calibrate.ln_scale_prior(model.n_elements, law, h)[0])
         roles = [p for p in measured.probes if p.scope == "role"]
         rise = sum(p.ln_ratio for p in roles) + _PPL_PER_NAT * _PPL_PER_NAT_NATS
         kld = sum(p.kld for p in roles) + _PPL_PER_NAT_NATS

@@ -73,7 +73,9 @@ class FittedModel:
         cls, model: Model, share: FloatArray, bench: evidence.Bench, *, imatrix: bool = True
     ) -> FittedModel:
         """Fit the posterior of `model` on the rows of `bench`."""
-        known = calibrate.prior(bench.ln_base, bench.ln_base_sd, prior.kind(model))
+        known = calibrate.prior(
+            bench.ln_base, bench.ln_base_sd, model.n_elements, prior.scale_law(model)
+        )
         posterior = calibrate.fit(bench.rows, known)
         # Files known by size only say little of scale and nothing of types.
         known_mix = any(r.exact and r.w.any() for r in bench.rows)

@@ -29,8 +29,6 @@ _HYBRID_LINE: Final = "qwen35"
 # A sparse-attention indexer chooses among more than its top-k (2048) tokens: on the common bench
 # (context 512) it does nothing. Above zero, so that no solver starves it.
 _INDEXER_SHARE: Final = 0.01
-# ik's layout of MLA stores up to 2 % twice; one line may drop its MTP block.
-_SAME_SIZE: Final = 0.03
 # ik's MLA files hold k_b and v_b a second time as kv_b; prompts read one copy, generation the
 # other, so each counts half.
 MLA_COPIES: Final = ("attn_kv_b", "attn_k_b", "attn_v_b")
@@ -44,33 +42,6 @@ _SUMS: Final = {
     "nextn.embed_tokens": ("token_embd",),
     "nextn.shared_head_head": ("output",),
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Kind:
-    """What a model is before anything of it was measured: whose size and make decide its scale.
-
-    Attributes:
-        law: how damage goes with size: `sparse`, `hybrid` or `dense` (see `scale_law`).
-        exact: type that its experts were trained in, if that is quantized.
-    """
-
-    id: str
-    arch: str
-    n_vocab: int
-    n_elements: int
-    law: str
-    exact: str = ""
-
-    def is_kin(self, other: Kind) -> bool:
-        """Whether another model has the same tensors: one line of models, trained again.
-
-        Dense ones are no kin: Llama-3-70B and Llama-3.3-70B-Instruct are 0.8 apart in ln damage.
-        """
-        mine = (self.arch, self.n_vocab, self.law, self.exact)
-        alike = mine == (other.arch, other.n_vocab, other.law, other.exact)
-        apart = abs(self.n_elements / other.n_elements - 1.0)
-        return alike and apart < _SAME_SIZE and self.law != "dense" and self.id != other.id
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,19 +96,6 @@ def scale_law(model: Model) -> str:
     if model.hparams.is_moe:
         return "sparse"
     return "hybrid" if family(model) == "hybrid" and model.arch == _HYBRID_LINE else "dense"
-
-
-def kind(model: Model) -> Kind:
-    """Return what is known of a model before anything was measured."""
-    exact = {t.exact_type for t in model.tensors if t.exact_type}
-    return Kind(
-        model.id,
-        model.arch,
-        model.hparams.n_vocab,
-        model.n_elements,
-        scale_law(model),
-        "".join(sorted(exact)),
-    )
 
 
 def depth_shape(

@@ -83,7 +83,7 @@ def _score(name: str, rows: list[dict[str, str]]) -> list[tuple[float, float, bo
     """Return bits, ln(predicted / measured) and whether it lies inside 90 %, by mix."""
     model = load_model(name)
     h = backtest.without(name)
-    known = calibrate.prior(0.0, _BASE_SD, prior.kind(model), h)
+    known = calibrate.prior(0.0, _BASE_SD, model.n_elements, prior.scale_law(model), h)
     posterior = calibrate.fit([], known, h)
     out = []
     for w, bits, rise in _mixes(name, rows):

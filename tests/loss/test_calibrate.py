@@ -10,7 +10,6 @@ import pytest
 from quantmix.loss import calibrate, features, prior, response
 from quantmix.loss.calibrate import Row
 from quantmix.models.model import Model
-from quantmix.models.sources import load_model
 
 from .conftest import catalog_model
 
@@ -32,7 +31,7 @@ def _rows(model: Model, ln_scale: float, noise: float = 0.0, n: int = len(TYPES)
 
 
 def _known(model: Model) -> calibrate.Prior:
-    return calibrate.prior(1.0, 0.0005, prior.kind(model))
+    return calibrate.prior(1.0, 0.0005, model.n_elements, prior.scale_law(model))
 
 
 def test_without_rows_the_posterior_is_the_prior(r1: Model) -> None:
@@ -89,7 +88,7 @@ def test_small_dense_models_lose_more() -> None:
     h = calibrate.hyper()
 
     def scales(law: str) -> list[float]:
-        return [calibrate.scale_of_law(n, law, h)[0] for n in (27 * 10**9, 75 * 10**7)]
+        return [calibrate.ln_scale_prior(n, law, h)[0] for n in (27 * 10**9, 75 * 10**7)]
 
     large, small_one = scales("hybrid")
     assert small_one > large + 1.0
@@ -101,42 +100,9 @@ def test_small_dense_models_lose_more() -> None:
 def test_hybrid_models_are_known_more_closely_than_dense_ones() -> None:
     """Their scale follows size; that of pure attention models scatters."""
     h = calibrate.hyper()
-    hybrid, dense = (calibrate.scale_of_law(27 * 10**9, f, h) for f in ("hybrid", "dense"))
+    hybrid, dense = (calibrate.ln_scale_prior(27 * 10**9, f, h) for f in ("hybrid", "dense"))
     assert hybrid[0] < dense[0] - 0.5
     assert hybrid[1] < 0.6 * dense[1]
-
-
-def test_a_line_of_models_lends_its_level_to_one_that_nobody_measured() -> None:
-    """Kimi-K2.5 is expected where K2-Thinking and K2.6 lie, not where K2-Instruct does."""
-    h = calibrate.hyper()
-    scale = {row[0]: row[5] for row in h.scales}
-    new = prior.kind(catalog_model("kimi-k2.5"))
-    mean, sd = calibrate.ln_scale_prior(new, h)
-    assert abs(mean - scale["kimi-k2.6"]) < abs(mean - h.moe_ln_scale)
-    assert abs(mean - scale["kimi-k2.6"]) < abs(mean - scale["kimi-k2-instruct"])
-    assert calibrate.TEXT_SD <= sd < h.moe_ln_scale_sd
-
-
-def test_a_model_is_not_its_own_kin() -> None:
-    """What was measured of a model counts as rows or not at all: its prior does not know it."""
-    h = calibrate.hyper()
-    kind = prior.kind(catalog_model("kimi-k2.6"))
-    without = replace(h, scales=tuple(row for row in h.scales if row[0] != "kimi-k2.6"))
-    assert calibrate.ln_scale_prior(kind, h) == calibrate.ln_scale_prior(kind, without)
-    alone = calibrate.ln_scale_prior(kind, replace(h, scales=()))
-    assert alone == (h.moe_ln_scale, h.moe_ln_scale_sd)
-
-
-def test_kin_have_the_same_tensors_and_were_trained_alike() -> None:
-    """Size, architecture and the type of the experts decide; the ik layout's copies do not."""
-    r1 = prior.kind(load_model("deepseek-r1"))
-    assert r1.is_kin(prior.kind(load_model("deepseek-v3.1", layout="ik")))
-    assert not r1.is_kin(prior.kind(load_model("deepseek-v2-lite")))
-    assert not prior.kind(load_model("llama-3-70b")).is_kin(
-        prior.kind(load_model("llama-3.3-70b-instruct"))
-    )
-    instruct = prior.kind(load_model("kimi-k2-instruct"))
-    assert not instruct.is_kin(prior.kind(load_model("kimi-k2-thinking")))
 
 
 @pytest.mark.parametrize("without", ["deepseek-r1-0528", "no-such-model"])

@@ -40,11 +40,13 @@ _COVER: Final = 0.92
 _MIN_ROWS: Final = 5
 _NORMAL: Final = 1.65
 _WIDEST: Final = 6.0
+# What the same types cost one model on two texts, as sd of ln: 0.37 over eleven models, 0.44 over
+# the six of them that are not sparse (last column of tests/bench/bench_sweeps.py, without
+# GLM-4.7-Flash). A prior has to hold on any text.
+_TEXT: Final = 0.4
 # How many times the noise the uncertainty of the rise must be to decide, where only the prior
 # speaks: it is so uncertain of any rise that few predictions are left to fit noise on otherwise.
 _MOSTLY_PRIOR: Final = 2.0
-# Few lines have two measured models: what theirs differ by is not known to less.
-_LEAST_KIN_SD: Final = 0.1
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ def start(curve: CurveFit) -> Hyper:
         moe_ln_scale=-4.2, moe_ln_scale_sd=0.3,
         dense_ln_scale=-4.8, dense_size_slope=0.4, dense_ln_scale_sd=0.3,
         hybrid_ln_scale=-4.8, hybrid_size_slope=0.4, hybrid_ln_scale_sd=0.3,
-        size_curve=(0.5, -3.0, 0.0), kin_sd=1.0, scales=(),
+        size_curve=(0.5, -3.0, 0.0),
     )  # fmt: skip
 
 
@@ -94,8 +96,7 @@ def fit_hyper(
     for case in usable:
         others = [c for c in usable if c.model.id != case.model.id]
         alone = population([*others, *apart], _best(path, case.model.id))
-        # Each model leaves itself out of its kin; the others' scales are their own rows'.
-        alone = replace(alone, scales=best.scales, unknown_mix=_unknown_mix(others, alone))
+        alone = replace(alone, unknown_mix=_unknown_mix(others, alone))
         alone = _quantiles(usable, tested, alone, case.model.id)
         alone = replace(alone, solved=_least_solved(tilts, case.model.id))
         without[case.model.id] = _differences(alone, best)
@@ -118,7 +119,7 @@ def _apart(part: Sequence[Mapping[str, str]], h: Hyper) -> list[cases.Cases]:
 
 def population(found: Sequence[cases.Cases], h: Hyper) -> Hyper:
     """Return `h` with population means and spreads fitted to the models of `found`."""
-    wide = replace(h, moe_ln_scale_sd=1.0, dense_ln_scale_sd=1.0, hybrid_ln_scale_sd=1.0, scales=())
+    wide = replace(h, moe_ln_scale_sd=1.0, dense_ln_scale_sd=1.0, hybrid_ln_scale_sd=1.0)
     points = [p for p in (_point(c, wide) for c in found) if p is not None]
     sparse = [p for p in points if p.law == "sparse"]
     moe, _, moe_sd = _random_effects([(0.0, p.scale, p.variance) for p in sparse], slope=False)
@@ -126,74 +127,24 @@ def population(found: Sequence[cases.Cases], h: Hyper) -> Hyper:
     hybrid, hybrid_slope, hybrid_sd = _by_size(points, "hybrid")
     x, y = np.array([s for p in sparse for s in p.sizes]).T
     size = np.polynomial.polynomial.polyfit(x, y, 2)
-    h = replace(
+    return replace(
         h, moe_ln_scale=round(moe, 2), moe_ln_scale_sd=round(moe_sd, 2),
         dense_ln_scale=round(dense, 2), dense_size_slope=round(dense_slope, 2),
         dense_ln_scale_sd=round(dense_sd, 2), hybrid_ln_scale=round(hybrid, 2),
         hybrid_size_slope=round(hybrid_slope, 2), hybrid_ln_scale_sd=round(hybrid_sd, 2),
         size_curve=tuple(round(float(c), 2) for c in size),
     )  # fmt: skip
-    return _lines(points, h)
-
-
-def _lines(points: Sequence[_Point], h: Hyper) -> Hyper:
-    """Return `h` with the scales of the measured models, and what those of one line differ by.
-
-    The latter pooled over all lines with two models or more, less what their own uncertainty makes.
-    """
-    levels = [
-        (p.kind, p.scale - calibrate.scale_of_law(p.kind.n_elements, p.kind.law, h)[0], p.variance)
-        for p in points
-    ]
-    squares, degrees, own = 0.0, 0, 0.0
-    seen: set[str] = set()
-    for kind, _, _ in levels:
-        if kind.id in seen:
-            continue
-        line = [x for x in levels if x[0] is kind or x[0].is_kin(kind)]
-        seen |= {x[0].id for x in line}
-        if len(line) > 1:
-            values = np.array([x[1] for x in line])
-            squares += float(((values - values.mean()) ** 2).sum())
-            degrees += len(line) - 1
-            own += (len(line) - 1) * float(np.mean([x[2] for x in line]))
-    spread = math.sqrt(max(squares - own, 0.0) / max(degrees, 1))
-    return replace(
-        h,
-        kin_sd=round(max(spread, _LEAST_KIN_SD), 2),
-        scales=tuple(
-            (
-                p.kind.id,
-                p.kind.arch,
-                p.kind.n_vocab,
-                p.kind.n_elements,
-                p.kind.exact,
-                round(p.scale, 3),
-                round(p.variance, 4),
-            )
-            for p in points
-        ),
-    )
 
 
 @dataclass(frozen=True, slots=True)
 class _Point:
     """One model's own scale with its variance, and ln damage of its mixes by ln(bpw/4)."""
 
-    kind: prior.Kind
+    law: str
+    smallness: float
     scale: float
     variance: float
     sizes: list[tuple[float, float]]
-
-    @property
-    def law(self) -> str:
-        """How damage goes with size."""
-        return self.kind.law
-
-    @property
-    def smallness(self) -> float:
-        """ln of how many times smaller than 27 B weights."""
-        return math.log(27e9 / self.kind.n_elements)
 
 
 def _by_size(points: Sequence[_Point], law: str) -> tuple[float, float, float]:
@@ -206,12 +157,15 @@ def _point(case: cases.Cases, wide: Hyper) -> _Point | None:
     exact = [case.bench.rows[i] for i in case.exact]
     if not case.bench.base_known or not exact:
         return None
-    kind = prior.kind(case.model)
-    known = calibrate.prior(case.bench.ln_base, case.bench.ln_base_sd, kind, wide)
+    m = case.model
+    known = calibrate.prior(
+        case.bench.ln_base, case.bench.ln_base_sd, m.n_elements, prior.scale_law(m), wide
+    )
     posterior = calibrate.fit(exact, known, wide)
     gains = np.exp(features.ln_gains())
     return _Point(
-        kind=kind,
+        law=prior.scale_law(m),
+        smallness=math.log(27e9 / m.n_elements),
         scale=float(posterior.theta[response.SCALE]),
         variance=float(posterior.covariance[response.SCALE, response.SCALE]),
         sizes=[
@@ -247,7 +201,7 @@ def _random_effects(
         between = max(between, 1e-4)
     spread = math.sqrt(between + float(np.linalg.inv(normal)[0, 0]))
     spread *= float(t.ppf(0.95, max(1, len(v) - design.shape[1])) / norm.ppf(0.95))
-    return float(beta[0]), float(beta[1]) if slope else 0.0, max(spread, calibrate.TEXT_SD)
+    return float(beta[0]), float(beta[1]) if slope else 0.0, max(spread, _TEXT)
 
 
 def _descend(found: Sequence[cases.Cases], h: Hyper) -> list[tuple[Hyper, _Score]]:
@@ -391,11 +345,7 @@ def _least(left: Sequence[_Left], setting: Callable[[float], Hyper]) -> Hyper:
 
 
 def _plain(h: Hyper) -> dict[str, Any]:
-    return {k: _lists(v) for k, v in asdict(h).items()}
-
-
-def _lists(value: Any) -> Any:
-    return list(map(_lists, value)) if isinstance(value, list | tuple) else value
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(h).items()}
 
 
 def _differences(h: Hyper, best: Hyper) -> dict[str, Any]:
