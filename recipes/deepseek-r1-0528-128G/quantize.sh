@@ -14,33 +14,35 @@ THREADS=${THREADS:-$(nproc)}
 
 custom=$(cat <<'RULES'
 # Attention
-^blk\.0\.attn_k_b\.weight$=mxfp4
-^blk\.([1-9]|[1-5][0-9]|60)\.attn_k_b\.weight$=iq4_nl
-^blk\.[0-5]\.attn_kv_a_mqa\.weight$=iq4_k
-^blk\.(1[7-9]|[2-4][0-9])\.attn_kv_a_mqa\.weight$=iq5_k
-^blk\.([6-9]|1[0-6]|5[0-9]|60)\.attn_kv_a_mqa\.weight$=iq5_ks
+^blk\.[0-2]\.attn_k_b\.weight$=mxfp4
+^blk\.([3-9]|[1-5][0-9]|60)\.attn_k_b\.weight$=iq4_nl
+^blk\.[01]\.attn_kv_a_mqa\.weight$=iq4_ks
+^blk\.([2-6]|60)\.attn_kv_a_mqa\.weight$=iq4_k
+^blk\.3[1-6]\.attn_kv_a_mqa\.weight$=iq5_k
+^blk\.([7-9]|[1245][0-9]|3[07-9])\.attn_kv_a_mqa\.weight$=iq5_ks
 ^blk\.[0-9]+\.attn_output\.weight$=iq3_kt
 ^blk\.[01]\.attn_q_a\.weight$=iq3_kt
-^blk\.(1[3-9]|2[0-3]|4[4-9]|5[0-4])\.attn_q_a\.weight$=iq4_ks
-^blk\.(2[4-9]|3[0-9]|4[0-3])\.attn_q_a\.weight$=iq4_k
-^blk\.([4-9]|1[0-2]|5[5-9]|60)\.attn_q_a\.weight$=iq4_kt
+^blk\.(1[5-9]|2[0-6]|4[0-9]|5[0-2])\.attn_q_a\.weight$=iq4_ks
+^blk\.(2[7-9]|3[0-9])\.attn_q_a\.weight$=iq4_k
+^blk\.([4-9]|1[0-4]|5[3-9]|60)\.attn_q_a\.weight$=iq4_kt
 ^blk\.[23]\.attn_q_a\.weight$=iq3_k
-^blk\.([0-9]|[15][0-9]|[26]0|4[7-9])\.attn_q_b\.weight$=iq3_kt
-^blk\.(2[1-9]|3[0-9]|4[0-6])\.attn_q_b\.weight$=iq3_k
+^blk\.([0-9]|[15][0-9]|4[7-9]|60)\.attn_q_b\.weight$=iq3_kt
+^blk\.(2[0-9]|3[07-9]|4[0-6])\.attn_q_b\.weight$=iq3_k
+^blk\.3[1-6]\.attn_q_b\.weight$=iq4_kt
 ^blk\.0\.attn_v_b\.weight$=iq3_k
-^blk\.[1-6]\.attn_v_b\.weight$=iq4_kt
-^blk\.(9|[1-4][0-9]|5[0-8])\.attn_v_b\.weight$=iq4_k
-^blk\.([78]|59|60)\.attn_v_b\.weight$=iq4_ks
+^blk\.(1[2-9]|[2-4][0-9]|5[0-5])\.attn_v_b\.weight$=iq4_k
+^blk\.([1-8]|59|60)\.attn_v_b\.weight$=iq4_kt
+^blk\.(9|1[01]|5[6-8])\.attn_v_b\.weight$=iq4_ks
 
 # Dense feed-forward
 ^blk\.[0-9]+\.ffn_(down|gate|up)\.weight$=iq3_kt
 
 # Shared experts
 ^blk\.60\.ffn_(down|gate|up)_shexp\.weight$=iq6_k
-^blk\.(1[2-9]|[2-5][0-9])\.ffn_(gate|up)_shexp\.weight$=iq4_ks
-^blk\.([3-9]|1[01])\.ffn_(gate|up)_shexp\.weight$=iq4_kt
-^blk\.[3-7]\.ffn_down_shexp\.weight$=iq4_kt
-^blk\.([89]|[1-5][0-9])\.ffn_down_shexp\.weight$=iq4_ks
+^blk\.(1[6-9]|[2-5][0-9])\.ffn_(gate|up)_shexp\.weight$=iq4_ks
+^blk\.([3-9]|1[0-5])\.ffn_(gate|up)_shexp\.weight$=iq4_kt
+^blk\.(1[5-9]|[2-5][0-9])\.ffn_down_shexp\.weight$=iq4_ks
+^blk\.([3-9]|1[0-4])\.ffn_down_shexp\.weight$=iq4_kt
 
 # Routed experts
 ^blk\.[0-9]+\.ffn_(gate|up)_exps\.weight$=iq1_s_r4

@@ -14,27 +14,27 @@ THREADS=${THREADS:-$(nproc)}
 
 custom=$(cat <<'RULES'
 # Attention
-^blk\.[0-4]\.attn_k_b\.weight$=iq4_nl
-^blk\.([5-9]|[15][0-9]|4[89]|60)\.attn_k_b\.weight$=q5_0
-^blk\.([23][0-9]|4[0-7])\.attn_k_b\.weight$=q6_0
-^blk\.[0-3]\.attn_kv_a_mqa\.weight$=iq5_ks
-^blk\.(1[3-9]|[2-4][0-9]|5[0-3])\.attn_kv_a_mqa\.weight$=iq6_k
-^blk\.([4-9]|1[0-2]|5[4-9]|60)\.attn_kv_a_mqa\.weight$=iq5_k
-^blk\.([0-8]|5[89]|60)\.attn_output\.weight$=iq3_kt
-^blk\.(1[1-9]|[2-4][0-9]|5[0-5])\.attn_output\.weight$=iq4_kt
-^blk\.(9|10|5[67])\.attn_output\.weight$=iq3_k
-^blk\.[0-3]\.attn_q_a\.weight$=iq4_ks
-^blk\.([4-8]|5[89]|60)\.attn_q_a\.weight$=iq4_k
-^blk\.(9|[1-4][0-9]|5[0-7])\.attn_q_a\.weight$=iq5_ks
-^blk\.[01]\.attn_q_b\.weight$=iq3_kt
-^blk\.(1[4-9]|2[0-3]|4[3-9]|5[0-2])\.attn_q_b\.weight$=iq4_ks
-^blk\.(2[4-9]|3[0-9]|4[0-2])\.attn_q_b\.weight$=iq4_k
-^blk\.([4-9]|1[0-3]|5[3-9]|60)\.attn_q_b\.weight$=iq4_kt
-^blk\.[23]\.attn_q_b\.weight$=iq3_k
+^blk\.[0-3]\.attn_k_b\.weight$=iq4_nl
+^blk\.(1[89]|[23][0-9]|4[0-8])\.attn_k_b\.weight$=q6_0
+^blk\.([4-9]|1[0-7]|49|5[0-9]|60)\.attn_k_b\.weight$=q5_0
+^blk\.[01]\.attn_kv_a_mqa\.weight$=iq5_ks
+^blk\.(1[3-9]|[2-4][0-9]|5[0-4])\.attn_kv_a_mqa\.weight$=iq6_k
+^blk\.([2-9]|1[0-2]|5[5-9]|60)\.attn_kv_a_mqa\.weight$=iq5_k
+^blk\.([0-8]|59|60)\.attn_output\.weight$=iq3_kt
+^blk\.(1[1-9]|[24][0-9]|3[89]|5[0-6])\.attn_output\.weight$=iq4_kt
+^blk\.3[0-7]\.attn_output\.weight$=iq4_ks
+^blk\.(9|10|5[78])\.attn_output\.weight$=iq3_k
+^blk\.[0-2]\.attn_q_a\.weight$=iq4_ks
+^blk\.([3-8]|59|60)\.attn_q_a\.weight$=iq4_k
+^blk\.(9|[1-4][0-9]|5[0-8])\.attn_q_a\.weight$=iq5_ks
+^blk\.0\.attn_q_b\.weight$=iq3_kt
+^blk\.[1-3]\.attn_q_b\.weight$=iq3_k
+^blk\.(1[3-9]|2[01]|4[5-9]|5[0-3])\.attn_q_b\.weight$=iq4_ks
+^blk\.(2[2-9]|3[0-9]|4[0-4])\.attn_q_b\.weight$=iq4_k
+^blk\.([4-9]|1[0-2]|5[4-9]|60)\.attn_q_b\.weight$=iq4_kt
 ^blk\.[0-4]\.attn_v_b\.weight$=iq4_k
-^blk\.(1[5-9]|2[0-589]|[34][0-9]|5[0-2])\.attn_v_b\.weight$=iq5_k
-^blk\.2[67]\.attn_v_b\.weight$=q6_K
-^blk\.([5-9]|1[0-4]|5[3-9]|60)\.attn_v_b\.weight$=iq5_ks
+^blk\.(1[3-9]|[2-4][0-9]|5[0-3])\.attn_v_b\.weight$=iq5_k
+^blk\.([5-9]|1[0-2]|5[4-9]|60)\.attn_v_b\.weight$=iq5_ks
 
 # Dense feed-forward
 ^blk\.[0-9]+\.ffn_(down|gate|up)\.weight$=iq3_kt
@@ -47,9 +47,9 @@ custom=$(cat <<'RULES'
 ^blk\.(1[1-9]|2[0-9]|30)\.ffn_(gate|up)_exps\.weight$=iq1_kt
 ^blk\.([3-9]|10)\.ffn_(gate|up)_exps\.weight$=iq1_s_r4
 ^blk\.(3[1-9]|[45][0-9]|60)\.ffn_(gate|up)_exps\.weight$=iq2_kt
-^blk\.(1[0-9]|2[0-4])\.ffn_down_exps\.weight$=iq1_kt
-^blk\.(2[5-9]|[3-5][0-9]|60)\.ffn_down_exps\.weight$=iq2_kt
-^blk\.[3-9]\.ffn_down_exps\.weight$=iq1_s_r4
+^blk\.(2[6-9]|[3-5][0-9]|60)\.ffn_down_exps\.weight$=iq2_kt
+^blk\.[3-8]\.ffn_down_exps\.weight$=iq1_s_r4
+^blk\.(9|1[0-9]|2[0-5])\.ffn_down_exps\.weight$=iq1_kt
 
 # Token embedding and output
 ^output\.weight$=iq5_k

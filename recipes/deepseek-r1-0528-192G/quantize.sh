@@ -14,35 +14,34 @@ THREADS=${THREADS:-$(nproc)}
 
 custom=$(cat <<'RULES'
 # Attention
-^blk\.([0-8]|5[89]|60)\.attn_k_b\.weight$=q5_0
-^blk\.(9|[1-4][0-9]|5[0-7])\.attn_k_b\.weight$=q6_0
+^blk\.([0-9]|59|60)\.attn_k_b\.weight$=q5_0
+^blk\.([1-4][0-9]|5[0-8])\.attn_k_b\.weight$=q6_0
 ^blk\.[0-4]\.attn_kv_a_mqa\.weight$=iq5_k
-^blk\.([7-9]|[1-5][0-9]|60)\.attn_kv_a_mqa\.weight$=iq6_k
-^blk\.[56]\.attn_kv_a_mqa\.weight$=q6_K
+^blk\.([5-9]|[1-5][0-9]|60)\.attn_kv_a_mqa\.weight$=iq6_k
 ^blk\.[01]\.attn_output\.weight$=iq3_kt
-^blk\.(1[4-9]|2[0-7]|39|4[0-9]|5[0-2])\.attn_output\.weight$=iq4_ks
+^blk\.(1[5-9]|2[0-7]|39|4[0-9]|5[0-2])\.attn_output\.weight$=iq4_ks
 ^blk\.(2[89]|3[0-8])\.attn_output\.weight$=iq4_k
-^blk\.([4-9]|1[0-3]|5[3-9]|60)\.attn_output\.weight$=iq4_kt
+^blk\.([4-9]|1[0-4]|5[3-9]|60)\.attn_output\.weight$=iq4_kt
 ^blk\.[23]\.attn_output\.weight$=iq3_k
 ^blk\.[01]\.attn_q_a\.weight$=iq4_k
-^blk\.(1[6-9]|[2-4][0-9]|5[01])\.attn_q_a\.weight$=iq5_k
-^blk\.([2-9]|1[0-5]|5[2-9]|60)\.attn_q_a\.weight$=iq5_ks
+^blk\.(1[5-9]|[2-4][0-9]|5[01])\.attn_q_a\.weight$=iq5_k
+^blk\.([2-9]|1[0-4]|5[2-9]|60)\.attn_q_a\.weight$=iq5_ks
 ^blk\.[0-5]\.attn_q_b\.weight$=iq4_kt
-^blk\.(1[2-9]|2[0-2]|4[5-9]|5[0-5])\.attn_q_b\.weight$=iq4_k
-^blk\.(2[3-9]|3[0-9]|4[0-4])\.attn_q_b\.weight$=iq5_ks
-^blk\.([6-9]|1[01]|5[6-9]|60)\.attn_q_b\.weight$=iq4_ks
-^blk\.[0-5]\.attn_v_b\.weight$=iq5_ks
-^blk\.(2[89]|3[0-9])\.attn_v_b\.weight$=iq6_k
-^blk\.(2[3-7]|4[0-4])\.attn_v_b\.weight$=q6_K
-^blk\.([6-9]|[15][0-9]|2[0-2]|4[5-9]|60)\.attn_v_b\.weight$=iq5_k
+^blk\.(1[1-9]|2[01]|4[5-9]|5[0-4])\.attn_q_b\.weight$=iq4_k
+^blk\.(2[2-9]|3[0-9]|4[0-4])\.attn_q_b\.weight$=iq5_ks
+^blk\.([6-9]|[16]0|5[5-9])\.attn_q_b\.weight$=iq4_ks
+^blk\.[0-4]\.attn_v_b\.weight$=iq5_ks
+^blk\.(2[5-9]|3[0-9]|4[01])\.attn_v_b\.weight$=iq6_k
+^blk\.(2[24]|4[245])\.attn_v_b\.weight$=q6_K
+^blk\.([5-9]|[15][0-9]|2[013]|4[36-9]|60)\.attn_v_b\.weight$=iq5_k
 
 # Dense feed-forward
 ^blk\.[0-9]+\.ffn_(down|gate|up)\.weight$=iq3_kt
 
 # Shared experts
 ^blk\.60\.ffn_(down|gate|up)_shexp\.weight$=q8_0
-^blk\.(1[7-9]|[2-5][0-9])\.ffn_(gate|up)_shexp\.weight$=iq5_k
-^blk\.([3-9]|1[0-6])\.ffn_(gate|up)_shexp\.weight$=iq5_ks
+^blk\.(1[89]|[2-5][0-9])\.ffn_(gate|up)_shexp\.weight$=iq5_k
+^blk\.([3-9]|1[0-7])\.ffn_(gate|up)_shexp\.weight$=iq5_ks
 ^blk\.(1[3-9]|[2-5][0-9])\.ffn_down_shexp\.weight$=iq5_k
 ^blk\.([3-9]|1[0-2])\.ffn_down_shexp\.weight$=iq5_ks
 

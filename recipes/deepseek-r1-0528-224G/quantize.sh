@@ -16,31 +16,31 @@ custom=$(cat <<'RULES'
 # Attention
 ^blk\.[0-2]\.attn_k_b\.weight$=q5_0
 ^blk\.([3-9]|[1-5][0-9]|60)\.attn_k_b\.weight$=q6_0
-^blk\.([0-9]|[15][0-9]|2[01]|4[5-9]|60)\.attn_kv_a_mqa\.weight$=iq6_k
-^blk\.(2[2-9]|3[0-9]|4[0-4])\.attn_kv_a_mqa\.weight$=q8_0
-^blk\.[0-6]\.attn_output\.weight$=iq4_kt
-^blk\.(1[4-9]|2[0-4]|4[3-9]|5[0-2])\.attn_output\.weight$=iq4_k
-^blk\.(2[5-9]|3[0-9]|4[0-2])\.attn_output\.weight$=iq5_ks
-^blk\.([7-9]|1[0-3]|5[3-9]|60)\.attn_output\.weight$=iq4_ks
-^blk\.[0-5]\.attn_q_a\.weight$=iq5_ks
-^blk\.([6-9]|1[0-8]|4[89]|5[0-9]|60)\.attn_q_a\.weight$=iq5_k
-^blk\.(19|[23][0-9]|4[0-7])\.attn_q_a\.weight$=iq6_k
-^blk\.[0-4]\.attn_q_b\.weight$=iq4_ks
-^blk\.(1[2-9]|[2-4][0-9]|5[0-4])\.attn_q_b\.weight$=iq5_ks
-^blk\.([5-9]|1[01]|5[5-9]|60)\.attn_q_b\.weight$=iq4_k
+^blk\.([0-9]|1[0-9]|[26]0|4[7-9]|5[1-9])\.attn_kv_a_mqa\.weight$=iq6_k
+^blk\.(2[1-9]|3[0-9]|4[0-6]|50)\.attn_kv_a_mqa\.weight$=q8_0
+^blk\.[0-5]\.attn_output\.weight$=iq4_kt
+^blk\.(2[3-9]|3[0-9]|4[0-3])\.attn_output\.weight$=iq5_ks
+^blk\.([6-9]|1[0-3]|5[4-9]|60)\.attn_output\.weight$=iq4_ks
+^blk\.([14][4-9]|2[0-2]|5[0-3])\.attn_output\.weight$=iq4_k
+^blk\.([0-7]|60)\.attn_q_a\.weight$=iq5_ks
+^blk\.(2[1-9]|3[0-9]|4[0-5])\.attn_q_a\.weight$=iq6_k
+^blk\.(19|20|4[6-8])\.attn_q_a\.weight$=q6_K
+^blk\.([89]|1[0-8]|49|5[0-9])\.attn_q_a\.weight$=iq5_k
+^blk\.[0-3]\.attn_q_b\.weight$=iq4_ks
+^blk\.(1[1-9]|[2-4][0-9]|5[0-5])\.attn_q_b\.weight$=iq5_ks
+^blk\.([4-9]|[16]0|5[6-9])\.attn_q_b\.weight$=iq4_k
 ^blk\.([0-9]|1[01]|5[6-9]|60)\.attn_v_b\.weight$=iq5_k
-^blk\.(1[2-9]|[2-4][0-9]|5[0-5])\.attn_v_b\.weight$=iq6_k
+^blk\.(1[3-9]|[2-4][0-9]|5[0-3])\.attn_v_b\.weight$=iq6_k
+^blk\.(12|5[45])\.attn_v_b\.weight$=q6_K
 
 # Dense feed-forward
 ^blk\.[0-9]+\.ffn_(down|gate|up)\.weight$=iq4_kt
 
 # Shared experts
 ^blk\.60\.ffn_(down|gate|up)_shexp\.weight$=q8_0
-^blk\.([3-9]|[125][0-9]|3[0-4]|4[1-9])\.ffn_(gate|up)_shexp\.weight$=iq5_k
-^blk\.(3[5-9]|40)\.ffn_(gate|up)_shexp\.weight$=iq6_k
-^blk\.(2[89]|3[0-9]|4[0-8])\.ffn_down_shexp\.weight$=iq6_k
-^blk\.([3-9]|[15][0-9]|2[0-6]|49)\.ffn_down_shexp\.weight$=iq5_k
-^blk\.27\.ffn_down_shexp\.weight$=q6_K
+^blk\.([3-9]|[1-5][0-9])\.ffn_(gate|up)_shexp\.weight$=iq5_k
+^blk\.([3-9]|[125][0-9]|3[01]|4[1-9])\.ffn_down_shexp\.weight$=iq5_k
+^blk\.(3[2-9]|40)\.ffn_down_shexp\.weight$=q6_K
 
 # Routed experts
 ^blk\.(1[0-9]|2[01])\.ffn_(gate|up)_exps\.weight$=iq2_kt

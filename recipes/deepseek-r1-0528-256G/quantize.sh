@@ -14,21 +14,20 @@ THREADS=${THREADS:-$(nproc)}
 
 custom=$(cat <<'RULES'
 # Attention
-^blk\.([0-9]|[15][0-9]|2[0-2]|4[5-9]|60)\.attn_k_b\.weight$=q6_0
-^blk\.(2[3-9]|3[0-9]|4[0-4])\.attn_k_b\.weight$=q8_0
-^blk\.([0-8]|5[89]|60)\.attn_kv_a_mqa\.weight$=iq6_k
-^blk\.(9|[1-4][0-9]|5[0-7])\.attn_kv_a_mqa\.weight$=q8_0
-^blk\.[0-4]\.attn_output\.weight$=iq4_ks
-^blk\.([1-4][0-9]|5[0-7])\.attn_output\.weight$=iq5_ks
-^blk\.([5-9]|5[89]|60)\.attn_output\.weight$=iq4_k
-^blk\.([0-7]|60)\.attn_q_a\.weight$=iq5_k
-^blk\.59\.attn_q_a\.weight$=q6_K
-^blk\.([89]|[1-4][0-9]|5[0-8])\.attn_q_a\.weight$=iq6_k
-^blk\.[0-2]\.attn_q_b\.weight$=iq4_k
-^blk\.(1[5-9]|[2-4][0-9]|5[01])\.attn_q_b\.weight$=iq5_k
-^blk\.([3-9]|1[0-4]|5[2-9]|60)\.attn_q_b\.weight$=iq5_ks
-^blk\.[0-2]\.attn_v_b\.weight$=iq5_k
-^blk\.([3-9]|[1-5][0-9]|60)\.attn_v_b\.weight$=iq6_k
+^blk\.([0-9]|1[0-8]|4[7-9]|5[0-9]|60)\.attn_k_b\.weight$=q6_0
+^blk\.(19|[23][0-9]|4[0-6])\.attn_k_b\.weight$=q8_0
+^blk\.([0-7]|59|60)\.attn_kv_a_mqa\.weight$=iq6_k
+^blk\.([89]|[1-4][0-9]|5[0-8])\.attn_kv_a_mqa\.weight$=q8_0
+^blk\.([0-2]|57)\.attn_output\.weight$=iq4_ks
+^blk\.([1-4][0-9]|5[0-6])\.attn_output\.weight$=iq5_ks
+^blk\.([3-9]|5[89]|60)\.attn_output\.weight$=iq4_k
+^blk\.[0-6]\.attn_q_a\.weight$=iq5_k
+^blk\.([7-9]|[1-5][0-9]|60)\.attn_q_a\.weight$=iq6_k
+^blk\.[01]\.attn_q_b\.weight$=iq4_k
+^blk\.(1[4-9]|[2-4][0-9]|5[0-2])\.attn_q_b\.weight$=iq5_k
+^blk\.([2-9]|1[0-3]|5[3-9]|60)\.attn_q_b\.weight$=iq5_ks
+^blk\.[01]\.attn_v_b\.weight$=iq5_k
+^blk\.([2-9]|[1-5][0-9]|60)\.attn_v_b\.weight$=iq6_k
 
 # Dense feed-forward
 ^blk\.[0-9]+\.ffn_(down|gate|up)\.weight$=iq4_ks
@@ -39,12 +38,12 @@ custom=$(cat <<'RULES'
 
 # Routed experts
 ^blk\.1[01]\.ffn_(gate|up)_exps\.weight$=iq2_kl
-^blk\.(1[2-9]|[23][0-9]|[46]0|5[89])\.ffn_(gate|up)_exps\.weight$=iq3_kt
+^blk\.(1[2-9]|[23][0-9]|[46]0|5[7-9])\.ffn_(gate|up)_exps\.weight$=iq3_kt
 ^blk\.[3-9]\.ffn_(gate|up)_exps\.weight$=iq2_kt
-^blk\.(4[1-9]|5[0-7])\.ffn_(gate|up)_exps\.weight$=iq3_k
+^blk\.(4[1-9]|5[0-6])\.ffn_(gate|up)_exps\.weight$=iq3_k
 ^blk\.[3-6]\.ffn_down_exps\.weight$=iq2_kt
-^blk\.(3[2-9]|4[01]|5[4-9]|60)\.ffn_down_exps\.weight$=iq3_k
-^blk\.(4[2-9]|5[0-3])\.ffn_down_exps\.weight$=iq4_kt
+^blk\.(3[2-9]|4[01]|5[5-9]|60)\.ffn_down_exps\.weight$=iq3_k
+^blk\.(4[2-9]|5[0-4])\.ffn_down_exps\.weight$=iq4_kt
 ^blk\.[7-9]\.ffn_down_exps\.weight$=iq2_kl
 ^blk\.([12][0-9]|3[01])\.ffn_down_exps\.weight$=iq3_kt
 

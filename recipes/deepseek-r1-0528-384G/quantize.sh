@@ -15,12 +15,12 @@ THREADS=${THREADS:-$(nproc)}
 custom=$(cat <<'RULES'
 # Attention
 ^blk\.[0-9]+\.attn_(k_b|kv_a_mqa|v_b)\.weight$=q8_0
-^blk\.[0-5]\.attn_output\.weight$=iq5_k
-^blk\.([6-9]|[1-5][0-9]|60)\.attn_output\.weight$=iq6_k
-^blk\.0\.attn_q_a\.weight$=iq6_k
-^blk\.([1-9]|[1-5][0-9]|60)\.attn_q_a\.weight$=q8_0
-^blk\.([0-9]|[15][0-9]|4[89]|60)\.attn_q_b\.weight$=iq6_k
-^blk\.([23][0-9]|4[0-7])\.attn_q_b\.weight$=q8_0
+^blk\.[0-4]\.attn_output\.weight$=iq5_k
+^blk\.([5-9]|[1-5][0-9]|60)\.attn_output\.weight$=iq6_k
+^blk\.[0-3]\.attn_q_a\.weight$=iq6_k
+^blk\.([4-9]|[1-5][0-9]|60)\.attn_q_a\.weight$=q8_0
+^blk\.([0-9]|[15][0-9]|4[7-9]|60)\.attn_q_b\.weight$=iq6_k
+^blk\.([23][0-9]|4[0-6])\.attn_q_b\.weight$=q8_0
 
 # Dense feed-forward
 ^blk\.[0-9]+\.ffn_(down|gate|up)\.weight$=iq5_k

@@ -14,42 +14,41 @@ THREADS=${THREADS:-$(nproc)}
 
 custom=$(cat <<'RULES'
 # Attention
-^blk\.[0-5]\.attn_k_b\.weight$=q5_0
-^blk\.([6-9]|[1-5][0-9]|60)\.attn_k_b\.weight$=q6_0
-^blk\.[0-2]\.attn_kv_a_mqa\.weight$=iq5_k
-^blk\.([3-9]|[1-5][0-9]|60)\.attn_kv_a_mqa\.weight$=iq6_k
+^blk\.[0-4]\.attn_k_b\.weight$=q5_0
+^blk\.([5-9]|[1-5][0-9]|60)\.attn_k_b\.weight$=q6_0
+^blk\.0\.attn_kv_a_mqa\.weight$=iq5_k
+^blk\.([1-9]|[1-5][0-9]|60)\.attn_kv_a_mqa\.weight$=iq6_k
 ^blk\.([0-9]|5[89]|60)\.attn_output\.weight$=iq4_kt
 ^blk\.(1[5-9]|[2-4][0-9]|5[01])\.attn_output\.weight$=iq4_k
 ^blk\.(1[0-4]|5[2-7])\.attn_output\.weight$=iq4_ks
-^blk\.([0-9]|[16]0|5[7-9])\.attn_q_a\.weight$=iq5_ks
-^blk\.(1[1-9]|[2-4][0-9]|5[0-6])\.attn_q_a\.weight$=iq5_k
+^blk\.[0-6]\.attn_q_a\.weight$=iq5_ks
+^blk\.([7-9]|[145][0-9]|2[0-8]|39|60)\.attn_q_a\.weight$=iq5_k
+^blk\.(29|3[0-8])\.attn_q_a\.weight$=iq6_k
 ^blk\.[01]\.attn_q_b\.weight$=iq4_kt
 ^blk\.(1[5-9]|[2-4][0-9]|5[01])\.attn_q_b\.weight$=iq5_ks
-^blk\.[2-4]\.attn_q_b\.weight$=iq4_ks
-^blk\.([5-9]|1[0-4]|5[2-9]|60)\.attn_q_b\.weight$=iq4_k
-^blk\.[01]\.attn_v_b\.weight$=iq5_ks
-^blk\.(1[7-9]|[2-4][0-9])\.attn_v_b\.weight$=iq6_k
-^blk\.([2-9]|1[0-6]|5[0-9]|60)\.attn_v_b\.weight$=iq5_k
+^blk\.([4-9]|1[0-4]|5[2-9]|60)\.attn_q_b\.weight$=iq4_k
+^blk\.[23]\.attn_q_b\.weight$=iq4_ks
+^blk\.([0-9]|1[0-5]|5[1-9]|60)\.attn_v_b\.weight$=iq5_k
+^blk\.(1[6-9]|[2-4][0-9]|50)\.attn_v_b\.weight$=iq6_k
 
 # Dense feed-forward
-^blk\.2\.ffn_(down|gate|up)\.weight$=iq4_kt
-^blk\.[01]\.ffn_(gate|up)\.weight$=iq3_k
-^blk\.[01]\.ffn_down\.weight$=iq3_kt
+^blk\.[0-9]+\.ffn_(gate|up)\.weight$=iq3_k
+^blk\.[0-9]+\.ffn_down\.weight$=iq3_kt
 
 # Shared experts
 ^blk\.60\.ffn_(down|gate|up)_shexp\.weight$=q8_0
-^blk\.[2-5][0-9]\.ffn_(gate|up)_shexp\.weight$=iq5_k
-^blk\.([3-9]|1[0-9])\.ffn_(gate|up)_shexp\.weight$=iq5_ks
-^blk\.(1[4-9]|[2-5][0-9])\.ffn_down_shexp\.weight$=iq5_k
-^blk\.([3-9]|1[0-3])\.ffn_down_shexp\.weight$=iq5_ks
+^blk\.(1[5-9]|[2-5][0-9])\.ffn_(gate|up)_shexp\.weight$=iq5_k
+^blk\.([3-9]|1[0-4])\.ffn_(gate|up)_shexp\.weight$=iq5_ks
+^blk\.3\.ffn_down_shexp\.weight$=iq5_ks
+^blk\.([4-9]|[1-5][0-9])\.ffn_down_shexp\.weight$=iq5_k
 
 # Routed experts
 ^blk\.(1[2-9]|[23][0-9]|5[6-9]|60)\.ffn_(gate|up)_exps\.weight$=iq2_kt
 ^blk\.([3-9]|1[01])\.ffn_(gate|up)_exps\.weight$=iq1_kt
 ^blk\.(4[0-9]|5[0-5])\.ffn_(gate|up)_exps\.weight$=iq2_kl
 ^blk\.[3-9]\.ffn_down_exps\.weight$=iq1_kt
-^blk\.(3[2-4]|60)\.ffn_down_exps\.weight$=iq2_kl
-^blk\.(3[5-9]|[45][0-9])\.ffn_down_exps\.weight$=iq3_kt
+^blk\.3[2-5]\.ffn_down_exps\.weight$=iq2_kl
+^blk\.(3[6-9]|[45][0-9]|60)\.ffn_down_exps\.weight$=iq3_kt
 ^blk\.([12][0-9]|3[01])\.ffn_down_exps\.weight$=iq2_kt
 
 # Token embedding and output

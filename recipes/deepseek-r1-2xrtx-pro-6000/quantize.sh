@@ -14,25 +14,24 @@ THREADS=${THREADS:-$(nproc)}
 
 custom=$(cat <<'RULES'
 # Attention
-^blk\.([0-6]|60)\.attn_k_b\.weight$=q5_0
-^blk\.([7-9]|[1-5][0-9])\.attn_k_b\.weight$=q6_0
+^blk\.([0-5]|60)\.attn_k_b\.weight$=q5_0
+^blk\.([6-9]|[1-5][0-9])\.attn_k_b\.weight$=q6_0
 ^blk\.[0-2]\.attn_kv_a_mqa\.weight$=iq5_k
 ^blk\.([3-9]|[1-5][0-9]|60)\.attn_kv_a_mqa\.weight$=iq6_k
 ^blk\.([0-8]|5[6-9]|60)\.attn_output\.weight$=iq4_kt
-^blk\.(1[4-9]|[2-4][0-9])\.attn_output\.weight$=iq4_k
-^blk\.(9|1[0-3]|5[0-5])\.attn_output\.weight$=iq4_ks
-^blk\.([0-9]|[16]0|5[4-9])\.attn_q_a\.weight$=iq5_ks
-^blk\.(1[1-9]|[24][0-9]|3[5-9]|5[0-3])\.attn_q_a\.weight$=iq5_k
-^blk\.3[0-24]\.attn_q_a\.weight$=q6_K
-^blk\.33\.attn_q_a\.weight$=iq6_k
+^blk\.(1[5-9]|[2-4][0-9])\.attn_output\.weight$=iq4_k
+^blk\.(9|1[0-4]|5[0-5])\.attn_output\.weight$=iq4_ks
+^blk\.([0-9]|[16]0|5[3-9])\.attn_q_a\.weight$=iq5_ks
+^blk\.(1[1-9]|[24][0-9]|3[05-9]|5[0-2])\.attn_q_a\.weight$=iq5_k
+^blk\.3[1-4]\.attn_q_a\.weight$=q6_K
 ^blk\.[01]\.attn_q_b\.weight$=iq4_kt
 ^blk\.(1[5-9]|[2-4][0-9])\.attn_q_b\.weight$=iq5_ks
-^blk\.[2-4]\.attn_q_b\.weight$=iq4_ks
-^blk\.([5-9]|1[0-4]|5[0-9]|60)\.attn_q_b\.weight$=iq4_k
+^blk\.([2-4]|60)\.attn_q_b\.weight$=iq4_ks
+^blk\.([5-9]|1[0-4]|5[0-9])\.attn_q_b\.weight$=iq4_k
 ^blk\.[01]\.attn_v_b\.weight$=iq5_ks
-^blk\.([2-9]|1[0-8]|4[7-9]|5[0-9]|60)\.attn_v_b\.weight$=iq5_k
-^blk\.(19|2[0-9]|3[0-79])\.attn_v_b\.weight$=iq6_k
-^blk\.(38|4[0-6])\.attn_v_b\.weight$=q6_K
+^blk\.(1[7-9]|[23][0-9])\.attn_v_b\.weight$=iq6_k
+^blk\.([2-9]|1[0-6]|4[7-9]|5[0-9]|60)\.attn_v_b\.weight$=iq5_k
+^blk\.4[0-6]\.attn_v_b\.weight$=q6_K
 
 # Dense feed-forward
 ^blk\.[0-9]+\.ffn_(gate|up)\.weight$=iq3_k
@@ -41,10 +40,10 @@ custom=$(cat <<'RULES'
 
 # Shared experts
 ^blk\.60\.ffn_(down|gate|up)_shexp\.weight$=q8_0
-^blk\.([3-9]|1[0-8]|3[56]|4[1-9]|5[0-9])\.ffn_(gate|up)_shexp\.weight$=iq5_ks
-^blk\.(19|2[0-9]|3[0-47-9]|40)\.ffn_(gate|up)_shexp\.weight$=iq5_k
-^blk\.(1[4-9]|[2-4][0-9]|5[0-7])\.ffn_down_shexp\.weight$=iq5_k
-^blk\.([3-9]|1[0-3]|5[89])\.ffn_down_shexp\.weight$=iq5_ks
+^blk\.(1[7-9]|2[0-9]|3[0-47-9]|4[0-2])\.ffn_(gate|up)_shexp\.weight$=iq5_k
+^blk\.([3-9]|1[0-6]|3[56]|4[3-9]|5[0-9])\.ffn_(gate|up)_shexp\.weight$=iq5_ks
+^blk\.(1[4-9]|[2-4][0-9]|5[0-6])\.ffn_down_shexp\.weight$=iq5_k
+^blk\.([3-9]|1[0-3]|5[7-9])\.ffn_down_shexp\.weight$=iq5_ks
 
 # Routed experts
 ^blk\.(1[1-9]|[23][0-9]|4[0-2]|5[3-9]|60)\.ffn_(gate|up)_exps\.weight$=iq2_kt

@@ -17,9 +17,8 @@ custom=$(cat <<'RULES'
 ^blk\.46\.attn_(k|output|q|v)\.weight$=q4_0
 ^blk\.([0-9]|[1-3][0-9]|4[0-5])\.attn_(k|v)\.weight$=q8_0
 ^blk\.([0-9]|[1-3][0-9]|4[0-5])\.attn_output\.weight$=iq6_k
-^blk\.[0-4]\.attn_q\.weight$=iq5_k
-^blk\.([6-8]|1[3-6])\.attn_q\.weight$=q6_K
-^blk\.([59]|1[0-27-9]|[23][0-9]|4[0-5])\.attn_q\.weight$=iq6_k
+^blk\.0\.attn_q\.weight$=iq5_k
+^blk\.([1-9]|[1-3][0-9]|4[0-5])\.attn_q\.weight$=iq6_k
 
 # Dense feed-forward
 ^blk\.[0-9]+\.ffn_(gate|up)\.weight$=iq6_k
@@ -31,14 +30,14 @@ custom=$(cat <<'RULES'
 
 # Routed experts
 ^blk\.46\.ffn_(down|gate|up)_exps\.weight$=q4_0
-^blk\.([1-9]|10)\.ffn_(gate|up)_exps\.weight$=iq3_k
-^blk\.(1[1-9]|2[0-4])\.ffn_(gate|up)_exps\.weight$=iq4_kt
-^blk\.2[5-9]\.ffn_(gate|up)_exps\.weight$=iq4_ks
-^blk\.3[0-5]\.ffn_(gate|up)_exps\.weight$=iq4_k
+^blk\.[1-9]\.ffn_(gate|up)_exps\.weight$=iq3_k
+^blk\.(1[0-9]|2[0-4])\.ffn_(gate|up)_exps\.weight$=iq4_kt
+^blk\.(2[5-9]|30)\.ffn_(gate|up)_exps\.weight$=iq4_ks
+^blk\.3[1-5]\.ffn_(gate|up)_exps\.weight$=iq4_k
 ^blk\.(3[6-9]|4[0-4])\.ffn_(gate|up)_exps\.weight$=iq5_ks
 ^blk\.45\.ffn_(gate|up)_exps\.weight$=iq5_k
-^blk\.([1-9]|[12][0-9]|3[01])\.ffn_down_exps\.weight$=iq4_nl
-^blk\.(3[2-9]|4[01])\.ffn_down_exps\.weight$=q5_0
+^blk\.([1-9]|[12][0-9]|3[0-2])\.ffn_down_exps\.weight$=iq4_nl
+^blk\.(3[3-9]|4[01])\.ffn_down_exps\.weight$=q5_0
 ^blk\.4[2-5]\.ffn_down_exps\.weight$=q6_0
 
 # Multi-token prediction

@@ -17,40 +17,37 @@ custom=$(cat <<'RULES'
 ^blk\.[0-9]+\.attn_k_b\.weight$=q6_0
 ^blk\.0\.attn_kv_a_mqa\.weight$=iq5_k
 ^blk\.([1-9]|[1-5][0-9]|60)\.attn_kv_a_mqa\.weight$=iq6_k
-^blk\.[01]\.attn_output\.weight$=iq4_ks
-^blk\.2\.attn_output\.weight$=iq5_k
-^blk\.([3-8]|59|60)\.attn_output\.weight$=iq4_k
-^blk\.(9|[1-4][0-9]|5[0-8])\.attn_output\.weight$=iq5_ks
-^blk\.([0-8]|59|60)\.attn_q_a\.weight$=iq5_ks
-^blk\.(2[2-8]|3[89]|4[0-4])\.attn_q_a\.weight$=q6_K
-^blk\.(9|1[0-9]|2[01]|4[5-9]|5[0-8])\.attn_q_a\.weight$=iq5_k
-^blk\.(29|3[0-7])\.attn_q_a\.weight$=iq6_k
-^blk\.[01]\.attn_q_b\.weight$=iq4_k
-^blk\.(1[6-9]|[2-4][0-9]|50)\.attn_q_b\.weight$=iq5_k
-^blk\.([2-9]|1[0-5]|5[1-9]|60)\.attn_q_b\.weight$=iq5_ks
+^blk\.[0-2]\.attn_output\.weight$=iq4_ks
+^blk\.([1-4][0-9]|5[0-7])\.attn_output\.weight$=iq5_ks
+^blk\.([3-9]|5[89]|60)\.attn_output\.weight$=iq4_k
+^blk\.([0-7]|60)\.attn_q_a\.weight$=iq5_ks
+^blk\.(2[3-9]|3[0-9]|4[0-3])\.attn_q_a\.weight$=iq6_k
+^blk\.([89]|[15][0-9]|2[0-2]|4[4-9])\.attn_q_a\.weight$=iq5_k
+^blk\.[0-2]\.attn_q_b\.weight$=iq4_k
+^blk\.(1[6-9]|[2-4][0-9]|5[01])\.attn_q_b\.weight$=iq5_k
+^blk\.([3-9]|1[0-5]|5[2-9]|60)\.attn_q_b\.weight$=iq5_ks
 ^blk\.[0-3]\.attn_v_b\.weight$=iq5_k
-^blk\.4\.attn_v_b\.weight$=q6_K
-^blk\.([5-9]|[1-5][0-9]|60)\.attn_v_b\.weight$=iq6_k
+^blk\.([4-9]|[1-5][0-9]|60)\.attn_v_b\.weight$=iq6_k
 
 # Dense feed-forward
 ^blk\.[0-9]+\.ffn_(down|gate|up)\.weight$=iq4_kt
 
 # Shared experts
 ^blk\.60\.ffn_(down|gate|up)_shexp\.weight$=q8_0
-^blk\.(1[2-9]|[2-5][0-9])\.ffn_(gate|up)_shexp\.weight$=iq5_k
-^blk\.([1-9]|1[01])\.ffn_(gate|up)_shexp\.weight$=iq5_ks
-^blk\.[1-7]\.ffn_down_shexp\.weight$=iq5_ks
-^blk\.([89]|[1-5][0-9])\.ffn_down_shexp\.weight$=iq5_k
+^blk\.(1[1-9]|[2-5][0-9])\.ffn_(gate|up)_shexp\.weight$=iq5_k
+^blk\.([1-9]|10)\.ffn_(gate|up)_shexp\.weight$=iq5_ks
+^blk\.[1-4]\.ffn_down_shexp\.weight$=iq5_ks
+^blk\.([5-9]|[1-5][0-9])\.ffn_down_shexp\.weight$=iq5_k
 
 # Routed experts
-^blk\.([1-9]|1[0-3])\.ffn_(gate|up)_exps\.weight$=iq1_kt
-^blk\.(1[4-9]|[2-5][0-9]|60)\.ffn_(gate|up)_exps\.weight$=iq2_kt
+^blk\.([1-9]|1[0-4])\.ffn_(gate|up)_exps\.weight$=iq1_kt
+^blk\.(1[5-9]|[2-5][0-9]|60)\.ffn_(gate|up)_exps\.weight$=iq2_kt
 ^blk\.([1-9]|1[01])\.ffn_down_exps\.weight$=iq1_kt
-^blk\.(1[2-9]|[25][0-9]|3[0-8]|4[1-79]|60)\.ffn_down_exps\.weight$=iq2_kt
-^blk\.(39|4[08])\.ffn_down_exps\.weight$=iq3_kt
+^blk\.(1[2-9]|[235][0-9]|4[1-6]|60)\.ffn_down_exps\.weight$=iq2_kt
+^blk\.4[07-9]\.ffn_down_exps\.weight$=iq3_kt
 
 # Token embedding and output
-^output\.weight$=q6_K
+^output\.weight$=iq5_k
 ^token_embd\.weight$=q8_0
 RULES
 )

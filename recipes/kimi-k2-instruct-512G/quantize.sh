@@ -15,11 +15,10 @@ THREADS=${THREADS:-$(nproc)}
 custom=$(cat <<'RULES'
 # Attention
 ^blk\.[0-9]+\.attn_(k_b|kv_a_mqa|v_b)\.weight$=q8_0
-^blk\.(1[89]|[23][0-9]|4[0-8])\.attn_output\.weight$=q8_0
-^blk\.2\.attn_output\.weight$=q6_K
-^blk\.([013-9]|1[0-7]|49|5[0-9]|60)\.attn_output\.weight$=iq6_k
-^blk\.[01]\.attn_q_a\.weight$=iq6_k
-^blk\.([2-9]|[1-5][0-9]|60)\.attn_q_a\.weight$=q8_0
+^blk\.([0-9]|1[0-6]|5[1-9]|60)\.attn_output\.weight$=iq6_k
+^blk\.(1[7-9]|[2-4][0-9]|50)\.attn_output\.weight$=q8_0
+^blk\.1\.attn_q_a\.weight$=iq6_k
+^blk\.([02-9]|[1-5][0-9]|60)\.attn_q_a\.weight$=q8_0
 ^blk\.([0-8]|59|60)\.attn_q_b\.weight$=iq6_k
 ^blk\.(9|[1-4][0-9]|5[0-8])\.attn_q_b\.weight$=q8_0
 
@@ -31,13 +30,14 @@ custom=$(cat <<'RULES'
 
 # Routed experts
 ^blk\.[1-3]\.ffn_(gate|up)_exps\.weight$=iq3_kt
-^blk\.(2[0-9]|3[0-6]|4[12]|5[4-9]|60)\.ffn_(gate|up)_exps\.weight$=iq4_ks
-^blk\.(3[7-9]|4[03-9]|5[0-3])\.ffn_(gate|up)_exps\.weight$=iq4_k
-^blk\.([6-9]|1[0-9])\.ffn_(gate|up)_exps\.weight$=iq4_kt
+^blk\.(2[1-9]|3[0-7]|5[5-9]|60)\.ffn_(gate|up)_exps\.weight$=iq4_ks
+^blk\.(3[89]|4[0-9]|5[0-4])\.ffn_(gate|up)_exps\.weight$=iq4_k
+^blk\.([6-9]|1[0-9]|20)\.ffn_(gate|up)_exps\.weight$=iq4_kt
 ^blk\.[45]\.ffn_(gate|up)_exps\.weight$=iq3_k
-^blk\.[1-3]\.ffn_down_exps\.weight$=iq3_k
-^blk\.(1[7-9]|2[0-8])\.ffn_down_exps\.weight$=iq4_ks
-^blk\.([4-9]|1[0-6])\.ffn_down_exps\.weight$=iq4_kt
+^blk\.1\.ffn_down_exps\.weight$=iq3_kt
+^blk\.(1[89]|2[0-8])\.ffn_down_exps\.weight$=iq4_ks
+^blk\.([4-9]|1[0-7])\.ffn_down_exps\.weight$=iq4_kt
+^blk\.[23]\.ffn_down_exps\.weight$=iq3_k
 ^blk\.(29|[3-5][0-9]|60)\.ffn_down_exps\.weight$=iq4_k
 
 # Token embedding and output

@@ -16,19 +16,19 @@ custom=$(cat <<'RULES'
 # Attention
 ^blk\.[0-9]+\.attn_(k|v)\.weight$=q8_0
 ^blk\.[0-9]+\.attn_output\.weight$=iq6_k
-^blk\.[01]\.attn_q\.weight$=iq5_k
-^blk\.2\.attn_q\.weight$=q6_K
-^blk\.([3-9]|[1-8][0-9]|9[0-3])\.attn_q\.weight$=iq6_k
+^blk\.0\.attn_q\.weight$=iq5_k
+^blk\.(1[124-9]|[2-8][0-9]|9[0-3])\.attn_q\.weight$=iq6_k
+^blk\.([1-9]|1[03])\.attn_q\.weight$=q6_K
 
 # Routed experts
 ^blk\.([0-9]|[1-3][0-9]|4[0-6])\.ffn_(gate|up)_exps\.weight$=iq4_kt
 ^blk\.(4[7-9]|5[0-9]|60)\.ffn_(gate|up)_exps\.weight$=iq4_ks
 ^blk\.(6[1-9]|7[0-9]|80)\.ffn_(gate|up)_exps\.weight$=iq4_k
 ^blk\.(8[1-9]|9[0-3])\.ffn_(gate|up)_exps\.weight$=iq5_ks
-^blk\.([0-9]|[12][0-9]|3[0-6])\.ffn_down_exps\.weight$=iq4_kt
-^blk\.(3[7-9]|4[0-9]|50)\.ffn_down_exps\.weight$=iq4_ks
-^blk\.(5[1-9]|6[0-9]|7[0-5])\.ffn_down_exps\.weight$=iq4_k
+^blk\.([0-9]|[12][0-9]|3[0-7])\.ffn_down_exps\.weight$=iq4_kt
+^blk\.(3[89]|4[0-9])\.ffn_down_exps\.weight$=iq4_ks
 ^blk\.(7[6-9]|8[0-9]|9[0-2])\.ffn_down_exps\.weight$=iq5_ks
+^blk\.([56][0-9]|7[0-5])\.ffn_down_exps\.weight$=iq4_k
 ^blk\.93\.ffn_down_exps\.weight$=iq5_k
 
 # Token embedding and output

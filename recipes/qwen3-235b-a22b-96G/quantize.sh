@@ -17,8 +17,8 @@ custom=$(cat <<'RULES'
 ^blk\.[0-9]+\.attn_k\.weight$=iq6_k
 ^blk\.([0-9]|[1-8][0-9]|9[0-2])\.attn_output\.weight$=iq5_ks
 ^blk\.93\.attn_output\.weight$=iq5_k
-^blk\.([0-9]|1[0-6]|20)\.attn_q\.weight$=iq4_k
-^blk\.(1[7-9]|2[1-9]|[3-8][0-9]|9[0-3])\.attn_q\.weight$=iq5_ks
+^blk\.([0-9]|1[0-6]|22)\.attn_q\.weight$=iq4_k
+^blk\.(1[7-9]|2[013-9]|[3-8][0-9]|9[0-3])\.attn_q\.weight$=iq5_ks
 ^blk\.([0-9]|[1-8][0-9]|9[0-2])\.attn_v\.weight$=iq6_k
 ^blk\.93\.attn_v\.weight$=q8_0
 
