@@ -158,9 +158,9 @@ class HybridSearch(FrameSearch):
             host_layers = int(layers.slots[at])
             found = list(self._fast_mixes(host_layers, least, allowed, prices, seconds))
             looked += bool(found) or self._slow()
-            if not found:  # whole layers cost too much there: halfway to where they did not
+            if not found:  # whole layers cost too much there: most of the way to where they did not
                 missed += 1
-                possible &= away <= away[at] // 2
+                possible &= away <= away[at] // 4
             for tried in found:
                 less = self._cost(tried, prices)
                 if less < cost:
