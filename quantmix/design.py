@@ -17,7 +17,6 @@ from quantmix.budget import Budget
 from quantmix.emit.flags import offload
 from quantmix.emit.simulate import planned
 from quantmix.errors import CheckFailed, InfeasibleBudget, UsageError
-from quantmix.filesize import plan_in_file
 from quantmix.ggml.types import GgmlType
 from quantmix.loss.model import LossModel
 from quantmix.memory.head import EMBEDDING
@@ -25,7 +24,6 @@ from quantmix.memory.model import HOST, DeviceMemory, Placement
 from quantmix.models.model import Model
 from quantmix.mtp import with_mtp
 from quantmix.palette import Palette, TypeLimits, build, require_types
-from quantmix.planner import Plan, Shortage, plan_on_rig, price_per_gib
 from quantmix.recipe import (
     DeviceUse,
     Optimality,
@@ -35,7 +33,9 @@ from quantmix.recipe import (
     Speed,
 )
 from quantmix.rig.device import Device, Rig
-from quantmix.search import Goals
+from quantmix.search.base import Goals
+from quantmix.search.filesize import plan_in_file
+from quantmix.search.planner import Plan, Shortage, plan_on_rig, price_per_gib
 from quantmix.solve.problem import Problem, Solution
 from quantmix.units import GIB
 
@@ -151,7 +151,7 @@ def _for_rig(
     palette: Palette,
     explained: bool,
 ) -> Design:
-    from quantmix import timing
+    from quantmix.search import timing
 
     times = timing.of(model, palette, rig, budget.settings, options.min_tps)
     plan = plan_on_rig(model, palette, rig, budget.settings, times, options.goals)

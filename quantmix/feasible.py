@@ -7,16 +7,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from quantmix import timing
 from quantmix.budget import Budget
 from quantmix.errors import UsageError
 from quantmix.memory.settings import Settings
 from quantmix.models.model import Model
 from quantmix.palette import Palette
-from quantmix.planner import Shortage, fastest_at_all, fits_at_all, may_fit
 from quantmix.rig.cards import sold_sizes, usable_of_size
 from quantmix.rig.device import Rig
-from quantmix.timing import Timing
+from quantmix.search import timing
+from quantmix.search.planner import Shortage, fastest_at_all, fits_at_all, may_fit
+from quantmix.search.timing import Timing
 from quantmix.units import GIB, gib
 
 if TYPE_CHECKING:

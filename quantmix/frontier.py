@@ -17,9 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantmix.assemble import header_allowance
-from quantmix.choices import Choices
 from quantmix.errors import InfeasibleBudget, UsageError
-from quantmix.filesize import choices_in_file, file_use
 from quantmix.ggml.header import DEFAULT_ALIGNMENT
 from quantmix.ggml.types import GgmlType
 from quantmix.loss.evidence import Published, of_model
@@ -31,6 +29,8 @@ from quantmix.memory.settings import Settings
 from quantmix.models.model import Model
 from quantmix.palette import Palette, TypeLimits
 from quantmix.recipe import Quality
+from quantmix.search.choices import Choices
+from quantmix.search.filesize import choices_in_file, file_use
 from quantmix.solve.frontier import Hull, knee
 from quantmix.solve.problem import IntArray
 from quantmix.units import GIB, gib, pad, parse_bpw, parse_size

@@ -20,9 +20,9 @@ from quantmix.memory.plan import device_memory
 from quantmix.memory.settings import Settings
 from quantmix.models.model import Model, Tensor
 from quantmix.mtp import with_mtp
-from quantmix.placement import split_layers
 from quantmix.recipe import DeviceUse, Speed
 from quantmix.rig.device import Rig
+from quantmix.search.placement import split_layers
 from quantmix.speed.model import plan_seconds, predict
 from quantmix.units import gib
 

@@ -23,7 +23,7 @@ from quantmix.models import trained
 from quantmix.models.model import Model
 from quantmix.palette import TypeLimits
 from quantmix.recipe import Recipe
-from quantmix.search import Goals
+from quantmix.search.base import Goals
 from quantmix.solve.solver import Limits
 from quantmix.units import gib
 
@@ -223,7 +223,7 @@ def _profile_note(request: Request, model: Model, found: Design) -> tuple[str, .
 
 def _speed_note(request: Request, found: Design) -> tuple[str, ...]:
     """Say on what assumed bandwidths a speed to reach was judged."""
-    from quantmix.timing import assumed
+    from quantmix.search.timing import assumed
 
     guess = assumed(found.rig) if request.min_tps is not None and found.rig is not None else ""
     return (f"--min-tps {request.min_tps:g} was judged with assumed {guess}",) if guess else ()

@@ -410,10 +410,10 @@ def test_a_tied_head_on_a_gpu_is_timed_there() -> None:
 
 def test_the_quick_judgement_knows_where_a_tied_head_runs() -> None:
     """A head in RAM needs a type that a CPU decodes well, one on a GPU does not."""
-    from quantmix.least import Least
     from quantmix.loss import load
     from quantmix.memory.model import HOST, Placement
     from quantmix.palette import build
+    from quantmix.search.least import Least
 
     model, budget = qm.load_model("qwen2.5-1.5b-instruct"), Budget.from_gpus("1x8G", ram="64G")
     assert budget.rig is not None

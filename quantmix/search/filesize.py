@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from quantmix.choices import Choices, build_choices
 from quantmix.ggml.header import DEFAULT_ALIGNMENT
 from quantmix.memory.model import DeviceMemory, Placement
 from quantmix.models.model import Model
 from quantmix.palette import Palette
-from quantmix.planner import Shortage
-from quantmix.search import Goals
+from quantmix.search.base import Goals
+from quantmix.search.choices import Choices, build_choices
+from quantmix.search.planner import Shortage
 from quantmix.solve.problem import FloatArray, Problem, Solution
 from quantmix.solve.solver import solve
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from quantmix.choices import in_ram, movable_roles, tensor_homes
 from quantmix.memory.head import EMBEDDING, is_tied
 from quantmix.memory.model import HOST, Placement
 from quantmix.memory.plan import device_memory
@@ -19,6 +18,7 @@ from quantmix.memory.settings import Settings
 from quantmix.models.model import Model
 from quantmix.palette import Palette
 from quantmix.rig.device import Rig
+from quantmix.search.choices import in_ram, movable_roles, tensor_homes
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quantmix.placement import move_boundary, number_ranges, ranges, split_layers
+from quantmix.search.placement import move_boundary, number_ranges, ranges, split_layers
 
 
 @given(

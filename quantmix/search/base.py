@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from quantmix.choices import Choices, build_choices, to_problem
 from quantmix.errors import UsageError
 from quantmix.memory.head import head_device, head_name
 from quantmix.memory.model import HOST, DeviceMemory, Placement
@@ -16,17 +15,18 @@ from quantmix.memory.plan import device_memory
 from quantmix.memory.settings import Settings
 from quantmix.models.model import Model
 from quantmix.palette import Palette
-from quantmix.placement import (
+from quantmix.rig.device import Rig
+from quantmix.search.choices import Choices, build_choices, to_problem
+from quantmix.search.placement import (
     layer_weights,
     number_ranges,
     ranges,
     split_layers,
 )
-from quantmix.rig.device import Rig
+from quantmix.search.timing import Timing
 from quantmix.solve.pools import Memo
 from quantmix.solve.problem import FloatArray, IntArray, Problem, Solution
 from quantmix.solve.solver import Limits, solve
-from quantmix.timing import Timing
 
 QUICK = Limits(gap=2e-3, seconds=0.0)
 """To compare placements."""

@@ -14,14 +14,14 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from quantmix.choices import Choices, movable_roles, to_problem
 from quantmix.errors import UsageError
-from quantmix.leading import Count, Layers
-from quantmix.least import Least, Packed
 from quantmix.memory.head import host_slots
 from quantmix.memory.model import HOST, DeviceMemory, Placement
 from quantmix.memory.plan import device_memory
-from quantmix.search import QUICK, Search, Tried, better
+from quantmix.search.base import QUICK, Search, Tried, better
+from quantmix.search.choices import Choices, movable_roles, to_problem
+from quantmix.search.leading import Count, Layers
+from quantmix.search.least import Least, Packed
 from quantmix.solve.bound import lagrangian
 from quantmix.solve.problem import FloatArray, IntArray, Problem
 from quantmix.solve.solver import Relaxed, relax

@@ -16,20 +16,20 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from quantmix.choices import DAMAGE, SECONDS, to_problem
-from quantmix.hybrid import HybridSearch
 from quantmix.memory.model import HOST, DeviceMemory, Placement
 from quantmix.memory.plan import device_memory
 from quantmix.memory.settings import Settings
 from quantmix.models.model import Model
 from quantmix.palette import Palette
-from quantmix.placement import move_boundary
 from quantmix.rig.device import Rig
-from quantmix.search import QUICK, Goals, Tried, better
+from quantmix.search.base import QUICK, Goals, Tried, better
+from quantmix.search.choices import DAMAGE, SECONDS, to_problem
+from quantmix.search.hybrid import HybridSearch
+from quantmix.search.placement import move_boundary
+from quantmix.search.timing import Timing
 from quantmix.solve.bound import total
 from quantmix.solve.problem import Problem, Solution
 from quantmix.solve.solver import Limits, solve
-from quantmix.timing import Timing
 from quantmix.units import GIB
 
 _BOUNDARY_TRIES = 8

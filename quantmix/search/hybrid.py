@@ -15,11 +15,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from quantmix.choices import to_problem
-from quantmix.frame import COUPLED_TRIES, Frame, FrameSearch, nearest, rounded_down
-from quantmix.leading import Bounds, Layers
 from quantmix.memory.model import HOST
-from quantmix.search import QUICK, Tried, better
+from quantmix.search.base import QUICK, Tried, better
+from quantmix.search.choices import to_problem
+from quantmix.search.frame import COUPLED_TRIES, Frame, FrameSearch, nearest, rounded_down
+from quantmix.search.leading import Bounds, Layers
 from quantmix.solve.bound import total
 from quantmix.solve.problem import FloatArray, Problem, Solution
 from quantmix.solve.solver import Limits, relax, relaxed_at_price, solve

@@ -21,7 +21,7 @@ from quantmix.speed import model as speed
 from quantmix.speed.constants import constants
 
 if TYPE_CHECKING:
-    from quantmix.planner import Plan
+    from quantmix.search.planner import Plan
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from quantmix.choices import Choices
 from quantmix.emit.flags import is_movable
 from quantmix.memory.model import DeviceMemory
 from quantmix.rig.device import Rig
+from quantmix.search.choices import Choices
+from quantmix.search.timing import Timing
 from quantmix.solve.problem import FloatArray, IntArray
-from quantmix.timing import Timing
 
 _DECADES = 8  # of prices, below the steepest step of any tensor
 _COARSE = 2.0  # between prices of the first look

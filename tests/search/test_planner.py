@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 import quantmix as qm
-from quantmix import timing
 from quantmix.budget import Budget
 from quantmix.loss import load as load_loss
 from quantmix.palette import TypeLimits, build
-from quantmix.planner import Plan, plan_on_rig
-from quantmix.search import Goals
+from quantmix.search import timing
+from quantmix.search.base import Goals
+from quantmix.search.planner import Plan, plan_on_rig
 from quantmix.speed.model import plan_seconds
 
 MIXED = "2x32G,2x24G,2x24G,1x48G"
@@ -78,8 +78,8 @@ def test_the_slack_buys_speed(gpus: str, ram: str, engine: str) -> None:
 
 def test_the_relaxed_optimum_is_near() -> None:
     """Whole layers and single types stay within 6 % of seconds per token of the relaxed answer."""
-    from quantmix.choices import to_problem
-    from quantmix.hybrid import HybridSearch
+    from quantmix.search.choices import to_problem
+    from quantmix.search.hybrid import HybridSearch
     from quantmix.solve.solver import relax
 
     model = qm.load_model("deepseek-r1")
@@ -219,8 +219,8 @@ def test_the_bound_holds_for_every_placement(
     """No number of layers in RAM and no set of experts gives less damage than the bound says."""
     from dataclasses import replace
 
-    from quantmix.planner import _Search
-    from quantmix.search import QUICK
+    from quantmix.search.base import QUICK
+    from quantmix.search.planner import _Search
 
     model = qm.load_model(name)
     budget = Budget.from_gpus(gpus, ram=ram, cpu="desktop-ddr5-6000-2ch")
@@ -337,7 +337,7 @@ def test_what_is_missing_is_said_of_all_cards() -> None:
 
 def test_cards_are_left_out_only_where_that_can_help() -> None:
     """Where the smallest types fit, a plan that fails is too slow, and fewer cards are slower."""
-    from quantmix.planner import _searches
+    from quantmix.search.planner import _searches
 
     def sets(gpus: str, ram: str | None) -> list[tuple[int, ...]]:
         model, budget = qm.load_model("qwen3-30b-a3b"), Budget.from_gpus(gpus, ram=ram)
