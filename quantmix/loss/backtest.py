@@ -18,7 +18,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from quantmix.loss import calibrate, cases, controls, evidence, prior, scores
+from quantmix.loss import calibrate, cases, controls, evidence, prior, scores, trust
 from quantmix.loss.calibrate import Hyper, Row
 from quantmix.loss.outcome import Outcome, Pair
 
@@ -345,6 +345,15 @@ def _predict(
 
 
 def _outcome(case: cases.Cases, i: int, p: calibrate.Prediction, h: Hyper) -> Outcome:
-    row = case.bench.rows[i]
+    row, base = case.bench.rows[i], case.bench.ln_base
     low, high = p.interval(h)
-    return Outcome(row.id, case.model.id, row.bpw, row.ln_ppl, p.ln_ppl, low, high)
+    low, centre, high = trust.printed(
+        (low - base, p.ln_ppl - base, high - base),
+        bpw=row.bpw,
+        damage=p.damage,
+        n_vocab=case.model.hparams.n_vocab,
+        ln_base=base,
+    )
+    return Outcome(
+        row.id, case.model.id, row.bpw, row.ln_ppl, base + centre, base + low, base + high
+    )

@@ -146,8 +146,13 @@ class MeasuredModel:
         reach = min(_QUANTILE * relative, 20.0)
         low = rise * math.exp(-reach)
         high = rise * math.exp(reach)
-        high = rise + (high - rise) * trust.widening(model, mix, damage)
-        low, rise, high = trust.capped(model, math.log(self.ppl_base), (low, rise, high))
+        low, rise, high = trust.printed(
+            (low, rise, high),
+            bpw=trust.weights_bpw(model, mix),
+            damage=damage,
+            n_vocab=model.hparams.n_vocab,
+            ln_base=math.log(self.ppl_base),
+        )
         return Quality(
             damage=damage,
             ln_ppl_ratio=rise,

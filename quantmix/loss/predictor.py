@@ -117,8 +117,13 @@ class FittedModel:
         known = self.bench.base_known
         low, high = p.interval(h)
         low = rise - (p.ln_ppl - low)
-        high = rise + (high - p.ln_ppl) * trust.widening(model, mix, damage)
-        low, rise, high = trust.capped(model, self.bench.ln_base, (low, rise, high))
+        low, rise, high = trust.printed(
+            (low, rise, rise + (high - p.ln_ppl)),
+            bpw=trust.weights_bpw(model, mix),
+            damage=damage,
+            n_vocab=model.hparams.n_vocab,
+            ln_base=self.bench.ln_base,
+        )
         return Quality(
             damage=damage,
             ln_ppl_ratio=rise,

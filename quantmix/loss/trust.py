@@ -64,23 +64,28 @@ def _bpw(tensor: Tensor, qtype: GgmlType | None) -> float:
     return 16.0
 
 
-def widening(model: Model, mix: Sequence[GgmlType | None], damage: float) -> float:
+def printed(
+    rises: tuple[float, float, float], *, bpw: float, damage: float, n_vocab: int, ln_base: float
+) -> tuple[float, float, float]:
+    """Return low, centre and high of ln(PPL/base) as they are printed.
+
+    Outside the trust region the upper half is wider; nothing is worse than guessing among all
+    tokens. `bpw` is `weights_bpw`, `damage` in nats, `ln_base` the ln PPL unquantized.
+    """
+    low, rise, high = rises
+    high = rise + (high - rise) * widening(bpw, damage)
+    worst = max(math.log(max(n_vocab, 2)) - ln_base, 0.0)
+    return min(low, worst), min(rise, worst), min(high, worst)
+
+
+def widening(bpw: float, damage: float) -> float:
     """Return the factor on the upper half of the interval outside the trust region, ≥ 1."""
     factor = 1.0
-    if weights_bpw(model, mix) < LOW_BPW:
+    if bpw < LOW_BPW:
         factor *= 1.25
     if damage > HIGH_DAMAGE:
         factor *= 1.25
     return factor
-
-
-def capped(
-    model: Model, ln_base: float, rises: tuple[float, float, float]
-) -> tuple[float, float, float]:
-    """Return low, centre and high of ln(PPL/base), none worse than guessing among all tokens."""
-    worst = max(math.log(max(model.hparams.n_vocab, 2)) - ln_base, 0.0)
-    low, rise, high = rises
-    return min(low, worst), min(rise, worst), min(high, worst)
 
 
 def warnings(

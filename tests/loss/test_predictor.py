@@ -243,16 +243,17 @@ def test_the_factors_of_the_trust_region() -> None:
     model = catalog_model("deepseek-r1")
     two = [get("iq2_kt") if t.quantizable else None for t in model.tensors]
     four = [get("iq4_kt") if t.quantizable else None for t in model.tensors]
-    assert trust.widening(model, four, 0.1) == 1.0
-    assert trust.widening(model, four, 0.4) == pytest.approx(1.25)
-    assert trust.widening(model, two, 0.4) == pytest.approx(1.25**2)
+    below, above = trust.weights_bpw(model, two), trust.weights_bpw(model, four)
+    assert trust.widening(above, 0.1) == 1.0
+    assert trust.widening(above, 0.4) == pytest.approx(1.25)
+    assert trust.widening(below, 0.4) == pytest.approx(1.25**2)
     plain = FittedModel.of(model).of_features(
         features.of_types(model, FittedModel.of(model).share, two)
     )
     high = plain.interval(calibrate.hyper())[1]
     q = FittedModel.of(model).quality(model, two)
     assert q.ln_ppl_ratio_high == pytest.approx(
-        plain.rise + (high - plain.ln_ppl) * trust.widening(model, two, q.damage)
+        plain.rise + (high - plain.ln_ppl) * trust.widening(below, q.damage)
     )
 
 
