@@ -28,7 +28,7 @@ class LossModel(Protocol):
 
         Additive: the damage of a mix is the sum. `types` are types really written (the caller
         has applied fallbacks); rows of tensors that cannot be quantized are zero. Values are
-        ≥ 0 and never fall from a type to a worse one of the same curve.
+        ≥ 0 and never fall from a type to a worse one of the same family.
         """
         ...
 

@@ -15,7 +15,17 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from quantmix.ggml.types import GgmlType
-from quantmix.loss import calibrate, curve, evidence, features, prior, response, solved, trust
+from quantmix.loss import (
+    calibrate,
+    curve,
+    evidence,
+    features,
+    order,
+    prior,
+    response,
+    solved,
+    trust,
+)
 from quantmix.loss.model import FloatArray, LossModel
 from quantmix.models.model import Model
 from quantmix.recipe import Quality
@@ -83,7 +93,7 @@ class FittedModel:
 
     def damage(self, model: Model, types: Sequence[GgmlType]) -> FloatArray:
         """Return damage in nats, shape (n_tensors, n_types); see `LossModel.damage`."""
-        gains = response.cell_gains(self.posterior.theta) * self._factors()
+        gains = response.cell_gains(order.kept(self.posterior)) * self._factors()
         column = features.columns()
         by_group = np.zeros((features.N_GROUPS, len(types)))
         scale = np.exp(self.posterior.theta[response.SCALE])
