@@ -27,7 +27,7 @@ def _band(bands: list[dict[str, Any]], name: str) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_targets_hold_on_package_data(doc: dict[str, Any]) -> None:
-    """Median errors and coverage by band, next to the controls, as docs/loss-model.md says."""
+    """Median errors and coverage by band, next to the controls, as docs/loss-evidence.md says."""
     high, middle = _band(doc["bands"], ">=3.3"), _band(doc["bands"], "2.3-3.3")
     assert high["median"] <= 0.005
     assert middle["median"] <= 0.02
