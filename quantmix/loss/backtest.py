@@ -207,6 +207,14 @@ def leave_tool_out(case: cases.Cases, h: Hyper) -> list[Outcome]:
 
     No outcome for a model without either kind.
     """
+    return [
+        replace(_outcome(case, i, p, h), n_known=n_known)
+        for i, p, n_known in tool_predictions(case, h)
+    ]
+
+
+def tool_predictions(case: cases.Cases, h: Hyper) -> list[tuple[int, calibrate.Prediction, int]]:
+    """Return row, prediction and number of known mixes of what `leave_tool_out` predicts."""
     rows = case.bench.rows
     solved = {i for i in case.exact if _SOLVED.search(rows[i].id)}
     made = [j for j in range(len(rows)) if j not in solved]
@@ -215,9 +223,8 @@ def leave_tool_out(case: cases.Cases, h: Hyper) -> list[Outcome]:
     out = []
     for i in sorted(solved):
         keep = [j for j in others(case, i) if j in made]
-        p = _predict(case, rows, keep, i, h)
         n_known = sum(rows[j].exact for j in keep)
-        out.append(replace(_outcome(case, i, p, h), n_known=n_known))
+        out.append((i, _predict(case, rows, keep, i, h), n_known))
     return out
 
 

@@ -260,12 +260,14 @@ def _solved_losses(recipes: Path | None, h: Hyper) -> dict[float, dict[str, floa
         found, _ = cases.gather(evidence.published(), recipes, candidate)
         out[rho] = {}
         for case in (c for c in found if not backtest.fails(c)):
-            left = backtest.leave_tool_out(case, candidate)
+            left = backtest.tool_predictions(case, candidate)
             total = 0.0
-            for o in left:
+            for i, p, _ in left:
+                low, high = p.interval(candidate)
                 # The bounds hold a rise and its noise; half their width at 90 % is 1.645 sd.
-                sd = max((o.high - o.low) / (2 * _NORMAL), h.row_sd)
-                total += math.log(sd) + 3.0 * math.log1p(((o.measured - o.predicted) / sd) ** 2 / 5)
+                sd = max((high - low) / (2 * _NORMAL), h.row_sd)
+                off = (case.bench.rows[i].ln_ppl - p.ln_ppl) / sd
+                total += math.log(sd) + 3.0 * math.log1p(off**2 / 5)
             if left:
                 out[rho][case.model.id] = total / math.sqrt(len(left))
     return out
