@@ -13,7 +13,7 @@ from typing import BinaryIO, Final
 
 from quantmix.engine.weights import WeightsFile
 from quantmix.errors import BadFile, UsageError
-from quantmix.ggml.header import TensorInfo
+from quantmix.ggml.header import DEFAULT_ALIGNMENT, TensorInfo
 from quantmix.ggml.writer import KeyValues, NewTensor, copy_metadata, encode_header
 from quantmix.units import gib, pad
 
@@ -67,11 +67,13 @@ def _write(
 ) -> None:
     header = weights.shards[0][1]
     keys = copy_metadata(header) if number == 0 else KeyValues(0, b"")
+    # Only the first shard says another alignment than the default.
+    alignment = header.alignment if number == 0 else DEFAULT_ALIGNMENT
     extra = _key("split.no", _UINT16, "<H", number)
     extra += _key("split.count", _UINT16, "<H", count)
     extra += _key("split.tensors.count", _INT32, "<i", total)
     tensors = [NewTensor(t.name, t.shape, t.type) for t in group]
-    head, _ = encode_header(KeyValues(keys.count + 3, keys.data + extra), tensors, header.alignment)
+    head, _ = encode_header(KeyValues(keys.count + 3, keys.data + extra), tensors, alignment)
     with path.open("wb") as out:
         out.write(head)
         for info in group:
@@ -79,7 +81,7 @@ def _write(
             with source.open("rb") as file:
                 file.seek(offset)
                 _copy(file, out, info.n_bytes)
-            out.write(b"\0" * (pad(info.n_bytes, header.alignment) - info.n_bytes))
+            out.write(b"\0" * (pad(info.n_bytes, alignment) - info.n_bytes))
 
 
 def _copy(source: BinaryIO, out: BinaryIO, count: int) -> None:

@@ -157,6 +157,18 @@ def test_a_source_that_gets_shorter_while_it_is_cut_is_named(tmp_path: Path) -> 
         split(whole, whole.n_bytes, tmp_path / "shards")
 
 
+def test_shards_of_an_aligned_file_hold_its_data(tmp_path: Path) -> None:
+    """Only the first shard carries an alignment of its own; the others are read without one."""
+    rows = [NewTensor(f"{letter}.weight", (40,), types.get("f32")) for letter in "abc"]
+    head, size = encode_header(encode_metadata({"general.alignment": 1024}), rows, 1024)
+    data = np.arange(size, dtype=np.uint32).astype(np.uint8).tobytes()
+    (tmp_path / "m.gguf").write_bytes(head + data)
+    whole = open_weights(tmp_path / "m.gguf")
+    cut = open_weights(split(whole, 160, tmp_path / "shards")[0])
+    assert len(cut.shards) == 3
+    assert all(cut.read(name) == whole.read(name) for name in whole.tensors)
+
+
 def test_a_shard_too_small_for_a_tensor_is_refused_at_once(tiny: Path, tmp_path: Path) -> None:
     """The largest tensor decides; nothing is run."""
     with pytest.raises(UsageError, match="alone"):
