@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Final
 
+from quantmix.emit import ik, mainline
 from quantmix.emit.cmdline import CommandLine, Option, Override, split_overrides
-from quantmix.emit.ik import CRAM, FA_NEEDS_VALUE, FMOE_GONE
+from quantmix.emit.ik import FMOE_GONE
 from quantmix.emit.lint import Finding
-from quantmix.emit.mainline import FA_NEEDS_VALUE as MAINLINE_FA_NEEDS_VALUE
 from quantmix.emit.mainline import FIT
 from quantmix.emit.simulate import are_shares, buffer_home, main_gpu
 from quantmix.errors import UsageError
@@ -35,6 +35,9 @@ _NUMBERS: Final[Mapping[str, tuple[int, int]]] = {
     "cram": (-1, _INT32_MAX),
 }
 _MAINLINE_WORDS: Final = (("ngl", "auto"), ("ngl", "all"), ("np", "-1"))
+# The build from which on flash attention is the default, and -fa takes a value.
+_FA_NEEDS_VALUE: Final = {"ik": ik.FA_NEEDS_VALUE, "mainline": mainline.FA_NEEDS_VALUE}
+_CRAM: Final = {"ik": ik.CRAM, "mainline": mainline.CRAM}
 _AMB_DEFAULT: Final = "2026-08-13"  # ik PR 2312: 256 MiB
 _MLA_DEFAULT: Final = "2025-11-12"  # ik: 3
 _OLD_MAINLINE_CTX: Final = 4096  # -c of mainline before PR 16653, which made it 0
@@ -51,8 +54,8 @@ def settings_of(command: CommandLine, base: Settings, ctx_train: int | None = No
     `ctx_train` is the model's trained context, which engines open without `-c`; where it is not
     known, the context of `base` stands in for it.
     """
-    new_ik = base.engine == "ik" and base.build >= FA_NEEDS_VALUE
-    fa_default = base.engine == "mainline" or new_ik
+    fa_default = base.build >= _FA_NEEDS_VALUE[base.engine]
+    caches = base.build >= _CRAM[base.engine]
     fa_text = (command.value("fa") or "on").lower()
     batch, ubatch = _batches(command)
     cram = command.integer("cram")
@@ -70,7 +73,7 @@ def settings_of(command: CommandLine, base: Settings, ctx_train: int | None = No
         fa=fa_text not in ("off", "0") if command.has("fa") else fa_default,
         nkvo=command.has("nkvo"),
         mtp=command.has("mtp"),
-        cram_mib=max(0, cram if cram is not None else 8192 if base.build >= CRAM else 0),
+        cram_mib=max(0, cram if cram is not None else 8192 if caches else 0),
     )
 
 
@@ -132,10 +135,10 @@ def clean(command: CommandLine, n_gpus: int) -> tuple[CommandLine, list[Finding]
 
 def engine_findings(command: CommandLine, model: Model, settings: Settings) -> list[Finding]:
     """Flags that this engine build refuses, ignores, or sets behind one's back."""
-    build, ik = settings.build, settings.engine == "ik"
+    build, is_ik = settings.build, settings.engine == "ik"
     found = [Finding("error", p) for p in command.problems]
     h = model.hparams
-    if ik:
+    if is_ik:
         for name, date in (("fmoe", FMOE_GONE), ("ooae", FMOE_GONE)):
             if command.has(name) and build >= date:
                 text = f"-{name} is an unknown argument in ik builds since {date}: on by default"
@@ -145,7 +148,7 @@ def engine_findings(command: CommandLine, model: Model, settings: Settings) -> l
         if given:
             text = ", ".join(f"-{n}" for n in given)
             found.append(Finding("error", f"mainline does not know {text}: flags of ik_llama.cpp"))
-    needs_value = FA_NEEDS_VALUE if ik else MAINLINE_FA_NEEDS_VALUE
+    needs_value = _FA_NEEDS_VALUE[settings.engine]
     if command.has("fa") and command.value("fa") is None and build >= needs_value:
         text = f"bare -fa takes the next argument as its value in builds since {needs_value}"
         found.append(Finding("error", f"{text}: write -fa on"))
@@ -165,7 +168,7 @@ def engine_findings(command: CommandLine, model: Model, settings: Settings) -> l
         found.append(Finding("warning", f"{text}: write -b {ubatch} too"))
     found += _split_findings(command, settings.engine)
     found += _unknown_findings(command)
-    if h.is_mla and settings.mla and settings.fa and command.has("ctv") and ik:
+    if h.is_mla and settings.mla and settings.fa and command.has("ctv") and is_ik:
         found.append(Finding("note", "-ctv does nothing here: latent attention caches K only"))
     if command.has("ser"):
         found.append(Finding("warning", "-ser drops experts: it changes what the model says"))
@@ -175,7 +178,7 @@ def engine_findings(command: CommandLine, model: Model, settings: Settings) -> l
     if command.value("cram") == "-1":
         text = "-cram -1 sets no limit to the server's prompt cache: RAM is counted without it"
         found.append(Finding("warning", f"{text}; write -cram 0 or a number of MiB"))
-    if not ik and build >= FIT and not command.has("fit"):
+    if not is_ik and build >= FIT and not command.has("fit"):
         text = "-fit is on by default and may change context and layout"
         found.append(Finding("note", f"{text} unless -ngl, -ts or -ot is given; write -fit off"))
     if "CUDA_VISIBLE_DEVICES" in command.env and "CUDA_DEVICE_ORDER" not in command.env:

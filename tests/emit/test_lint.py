@@ -196,6 +196,15 @@ def test_settings_come_from_the_line() -> None:
     assert settings_of(parse_text(""), Settings(build="2025-06-16")).fa is False
 
 
+def test_a_silent_line_gets_the_defaults_of_its_own_engine() -> None:
+    """Mainline turned flash attention and the prompt cache on earlier than ik."""
+    for build, fa, cram_mib in (("2025-08-29", False, 0), ("2025-10-09", True, 8192)):
+        got = settings_of(parse_text(""), Settings(engine="mainline", build=build))
+        assert (got.fa, got.cram_mib) == (fa, cram_mib)
+        old = settings_of(parse_text(""), Settings(build=build))
+        assert (old.fa, old.cram_mib) == (False, 0)
+
+
 def test_without_c_the_engine_opens_what_it_opens() -> None:
     """The trained context, of old mainline builds 4096; what is stated where nothing is known."""
     for flags in ("", "-c 0"):
