@@ -94,7 +94,7 @@ def _print(doc: dict[str, Any], kind: Kind, quiet: bool) -> None:
     for row in wrong:
         out.print(f"off: {row['id']}: predicted {row['predicted']}, measured {row['measured']}")
     for why, n in Counter(s["why"] for s in doc["skipped"]).most_common():
-        out.print(f"not judged: {n} x {why}", markup=False)
+        out.print(f"not judged: {n} x {why}")
 
 
 def _print_quality(doc: dict[str, Any], out: Any) -> None:
@@ -116,10 +116,9 @@ def _print_quality(doc: dict[str, Any], out: Any) -> None:
             f"order of {order['n']} pairs of one size: right in {order['ours']:.0%} "
             f"[{order['ours_low']:.0%}, {order['ours_high']:.0%}], bpw only "
             f"{order['bpw_only']:.0%}, parameter counts {order['by_size']:.0%}",
-            markup=False,
         )
     for line in doc["loses"]:
-        out.print(f"a control wins: {line}", markup=False)
+        out.print(f"a control wins: {line}")
 
 
 def _upright(rows: list[dict[str, Any]], head: str, table: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -15,28 +15,28 @@ if TYPE_CHECKING:
     from quantmix.batch.items import Item
     from quantmix.batch.run import Watcher
 
+# What became of a step, and its style.
 _MARKS = {
-    "done": "[dim]·[/dim]",
-    "run": "[cyan]run[/cyan]",
-    "later": "[cyan]run[/cyan]",
-    "failed": "[red]failed[/red]",
-    "blocked": "[red]-[/red]",
-    "ran": "[green]ran[/green]",
+    "done": ("·", "dim"),
+    "run": ("run", "cyan"),
+    "later": ("run", "cyan"),
+    "failed": ("failed", "red"),
+    "blocked": ("-", "red"),
+    "ran": ("ran", "green"),
 }
 _ROWS = 60  # more items than this are summed up, not listed
 
 
 def print_plan(screen: Console, plan: Mapping[str, Any]) -> None:
     """Print what would run."""
-    from rich.markup import escape
+    from rich.text import Text
 
     counts = plan["counts"]
     todo = counts["run"] + counts["later"]
-    screen.print(
-        f"[bold]{escape(plan['pipeline'])}[/bold]: {len(plan['items'])} recipes, "
-        f"{sum(counts.values())} steps: {counts['done']} up to date, {todo} to run"
-        + (f", {counts['failed']} failed before and would again" if counts["failed"] else "")
-    )
+    text = f": {len(plan['items'])} recipes, {sum(counts.values())} steps: "
+    text += f"{counts['done']} up to date, {todo} to run"
+    text += f", {counts['failed']} failed before and would again" if counts["failed"] else ""
+    screen.print(Text.assemble((plan["pipeline"], "bold"), text))
     if todo == 0:
         return
     screen.print(
@@ -46,21 +46,20 @@ def print_plan(screen: Console, plan: Mapping[str, Any]) -> None:
     shown = [row for row in plan["items"] if any(s["plan"] != "done" for s in row["steps"])]
     table = _table("recipe", *_steps(plan), "about", "file")
     for row in shown[:_ROWS]:
-        marks = {s["step"]: _MARKS[s["plan"]] for s in row["steps"]}
         table.add_row(
             _name(row),
-            *(marks.get(s, "") for s in _steps(plan)),
+            *_marks(row, "plan", _steps(plan)),
             duration(row["seconds"]),
             gib(row["file_bytes"]) if row["file_bytes"] else "",
         )
     screen.print(table)
     if len(shown) > _ROWS:
-        screen.print(f"[dim]… and {len(shown) - _ROWS} more[/dim]")
+        screen.print(f"… and {len(shown) - _ROWS} more", style="dim")
 
 
 def print_summary(screen: Console, document: Mapping[str, Any]) -> None:
     """Print what became of it, reasons of failures in full."""
-    from rich.markup import escape
+    from rich.text import Text
 
     counts = document["counts"]
     if len(document["items"]) <= _ROWS:
@@ -69,9 +68,9 @@ def print_summary(screen: Console, document: Mapping[str, Any]) -> None:
         if not row["ok"]:
             log = next((s["log"] for s in row["steps"] if s["log"]), "")
             more = f" (log: {log})" if log else ""
-            screen.print(f"[red]{_name(row)}[/red] {escape(row['reason'] + more)}")
+            screen.print(Text.assemble((_name(row), "red"), f" {row['reason']}{more}"))
         for warning in row["warnings"]:
-            screen.print(f"{_name(row)}: warning: {warning}", markup=False)
+            screen.print(f"{_name(row)}: warning: {warning}")
     screen.print(
         f"{counts['ran']} steps ran, {counts['done']} were up to date, {counts['failed']} failed, "
         f"{counts['blocked']} not tried"
@@ -81,10 +80,9 @@ def print_summary(screen: Console, document: Mapping[str, Any]) -> None:
 def _summary_table(document: Mapping[str, Any]) -> Any:
     table = _table("recipe", *_steps(document), "size", "bpw", "PPL predicted", "PPL", "KLD")
     for row in document["items"]:
-        marks = {s["step"]: _MARKS[s["status"]] for s in row["steps"]}
         table.add_row(
             _name(row),
-            *(marks.get(s, "") for s in _steps(document)),
+            *_marks(row, "status", _steps(document)),
             gib(row["tensor_bytes"]) if row["tensor_bytes"] else "",
             f"{row['bpw']:.3f}" if row["bpw"] else "",
             f"{row['ppl_predicted']:.3f}" if row["ppl_predicted"] else "",
@@ -103,6 +101,14 @@ def _table(*columns: str) -> Any:
             column, justify="left" if i == 0 else "right", no_wrap=i > 0, overflow="fold"
         )
     return table
+
+
+def _marks(row: Mapping[str, Any], key: str, steps: Sequence[str]) -> list[Any]:
+    """Return the cells of a row that say what becomes of each of `steps`."""
+    from rich.text import Text
+
+    marks = {s["step"]: Text(*_MARKS[s[key]]) for s in row["steps"]}
+    return [marks.get(s, "") for s in steps]
 
 
 def _steps(document: Mapping[str, Any]) -> list[str]:
@@ -156,7 +162,6 @@ class _Lines:
         how = f"FAILED: {reason}" if reason else f"{seconds:.1f} s"
         self._screen.print(
             f"[{self._n}/{self._total}] {item.name} {step} {how}",
-            markup=False,
             soft_wrap=True,
         )
 

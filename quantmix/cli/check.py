@@ -58,8 +58,8 @@ def check(
             f"{'yes' if result.rules_matched_back else 'no'}"
         )
         for p in result.problems[:20]:
-            out.print(f"  {p.tensor}: {p.problem}", markup=False)
+            out.print(f"  {p.tensor}: {p.problem}")
         if asked is not None:
-            out.print(str(asked), markup=False)
+            out.print(str(asked))
     if not document["ok"]:
         raise CheckFailed(f"{loaded.name} does not hold: {len(result.problems)} problems")

@@ -90,7 +90,7 @@ def import_(
     loaded = load_model(spec, layout=layout or cloning.layout_named_in(file))
     recipe = cloning.import_rules(file, loaded, known, default=default, name=name or "")
     for line in taken_by_accident(cloning.read_rules(file).splitlines(), loaded, known):
-        console(quiet).print(f"warning: {line}", markup=False)
+        console(quiet).print(f"warning: {line}")
     _finish(recipe, out, as_json, quiet)
 
 
@@ -129,4 +129,4 @@ def _finish(recipe: Recipe, out: Path, as_json: bool, quiet: bool) -> None:
     )
     show.print(f"written to {written.folder}")
     for note in written.notes:
-        show.print(f"note: {note}", markup=False)
+        show.print(f"note: {note}")

@@ -63,8 +63,11 @@ def print_json(doc: Any) -> None:
 
 @functools.cache
 def console(quiet: bool = False) -> Console:
-    """Return the console for people: stderr, colour only on a terminal, NO_COLOR honoured."""
+    """Return the console for people: stderr, colour only on a terminal, NO_COLOR honoured.
+
+    Texts are printed as they are: brackets in a regex or a path are no markup.
+    """
     from rich.console import Console
 
     width = None if sys.stderr.isatty() else 110
-    return Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=False, width=width)
+    return Console(stderr=True, quiet=quiet, markup=False, highlight=False, width=width)

@@ -25,6 +25,6 @@ def show_credits(as_json: JsonFlag = False, quiet: QuietFlag = False) -> None:
         print_json({"credit": CREDIT, "sources": [r.to_json() for r in rows]})
     if not quiet:
         out = console()
-        out.print(CREDIT, markup=False)
+        out.print(CREDIT)
         for row in rows:
-            out.print(f"  {row.count:5d} facts on {row.what}: {row.source}", markup=False)
+            out.print(f"  {row.count:5d} facts on {row.what}: {row.source}")

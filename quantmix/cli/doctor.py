@@ -25,9 +25,11 @@ def doctor(as_json: JsonFlag = False, quiet: QuietFlag = False) -> None:
         print_json({"findings": [f.to_json() for f in findings]})
     if quiet:
         return
+    from rich.text import Text
+
     out = console()
     for f in findings:
-        mark = "[green]ok[/green]  " if f.ok else "[yellow]none[/yellow]"
-        out.print(f"{mark} [bold]{f.name}[/bold]  {f.detail}")
+        mark = ("ok   ", "green") if f.ok else ("none ", "yellow")
+        out.print(Text.assemble(mark, (f.name, "bold"), f"  {f.detail}"))
         if f.mend and not f.ok:
-            out.print(f"     [dim]{f.mend}[/dim]")
+            out.print(f"     {f.mend}", style="dim")

@@ -96,6 +96,7 @@ def _plot(name: str, document: dict[str, Any], file: Path) -> None:
 def _print(out: Console, result: Frontier) -> None:
     """The table for people."""
     from rich.table import Table
+    from rich.text import Text
 
     from quantmix.report.words import say
 
@@ -119,9 +120,10 @@ def _print(out: Console, result: Frontier) -> None:
             say(p.price, "price"),
             "← knee" if i == result.knee else "",
         )
-    out.print(f"\n[bold]{model.display or model.id}[/bold]  {settings.engine}, predicted")
+    name = (f"\n{model.display or model.id}", "bold")
+    out.print(Text.assemble(name, f"  {settings.engine}, predicted"))
     out.print(table)
-    out.print(f"[dim]one device: with cache and buffers at {settings.ctx} context[/dim]")
+    out.print(f"one device: with cache and buffers at {settings.ctx} context", style="dim")
     if result.published:
         _print_published(out, result)
 

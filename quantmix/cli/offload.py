@@ -169,9 +169,9 @@ def _placed(
     _device_table(plan.devices, out, plan.holds)
     _speed_line(plan.speed, out)
     for warning in plan.warnings:
-        out.print(f"[yellow]warning[/] {_plain(warning)}")
+        _styled_line(out, "warning", "yellow", warning)
     for note in plan.flags.notes:
-        out.print(f"[dim]{_plain(note)}[/]")
+        out.print(note, style="dim")
     print(_shell(plan))
 
 
@@ -202,13 +202,14 @@ def _explained(
         return
     out = console(quiet)
     if named:
-        out.print(f"[dim]types taken as {named} from the file name; name the GGUF for the truth[/]")
+        text = f"types taken as {named} from the file name; name the GGUF for the truth"
+        out.print(text, style="dim")
     _rule_table(found, out)
     _device_table(found.devices, out, found.holds)
     _speed_line(found.speed, out)
     colours = {"error": "red", "warning": "yellow", "note": "dim"}
     for finding in found.findings:
-        out.print(f"[{colours[finding.severity]}]{finding.severity}[/] {_plain(finding.text)}")
+        _styled_line(out, finding.severity, colours[finding.severity], finding.text)
     if found.better is not None:
         faster = f", predicted {found.gain:.2f}x as fast" if found.gain else ""
         out.print(f"\nbetter{faster}:")
@@ -255,12 +256,13 @@ def _rule_table(found: Explanation, out: Any) -> None:
     for r in found.rules:
         what = (r.option or r.pattern, r.buffer)
         cells = (str(r.number), *what, str(r.matched), str(r.won), r.layers or "-")
-        table.add_row(*(_plain(c) for c in cells))
+        table.add_row(*cells)
     out.print(table)
 
 
 def _device_table(devices: Any, out: Any, holds: dict[str, str]) -> None:
     from rich.table import Table
+    from rich.text import Text
 
     from quantmix.units import gib
 
@@ -273,7 +275,7 @@ def _device_table(devices: Any, out: Any, holds: dict[str, str]) -> None:
             gib(d.kv_bytes),
             gib(d.compute_bytes),
             gib(d.reserve_bytes),
-            f"[red]{free}[/]" if (d.free_bytes or 0) < 0 else free,
+            Text(free, "red" if (d.free_bytes or 0) < 0 else ""),
             holds.get(d.name, ""),
         )
     out.print(table)
@@ -281,7 +283,7 @@ def _device_table(devices: Any, out: Any, holds: dict[str, str]) -> None:
 
 def _speed_line(speed: Any, out: Any) -> None:
     if speed.tg_tps is None:
-        out.print("[dim]speed: bandwidth of a card or of the RAM is not known[/]")
+        out.print("speed: bandwidth of a card or of the RAM is not known", style="dim")
         return
     prompt = f", prompts about {speed.pp_tps:.0f}" if speed.pp_tps else ""
     out.print(
@@ -289,7 +291,7 @@ def _speed_line(speed: Any, out: Any) -> None:
     )
 
 
-def _plain(text: str) -> str:
-    from rich.markup import escape
+def _styled_line(out: Any, head: str, style: str, text: str) -> None:
+    from rich.text import Text
 
-    return escape(text)
+    out.print(Text.assemble((head, style), f" {text}"))

@@ -100,7 +100,7 @@ def _print(name: str, found: Prediction, quiet: bool) -> None:
         f"{q.ppl:.4f}, 90 % between {q.ppl_low:.4f} and {q.ppl_high:.4f} "
         f"(unquantized {q.ppl_base:.4f})"
     )  # fmt: skip
-    out.print(f"perplexity {ppl}; rise {q.ln_ppl_ratio:.4f} in ln; {q.basis}", markup=False)
+    out.print(f"perplexity {ppl}; rise {q.ln_ppl_ratio:.4f} in ln; {q.basis}")
     table = Table(title="by role")
     for head in ("role", "damage, nats", "share", "size"):
         table.add_column(head, justify="left" if head == "role" else "right")
@@ -109,7 +109,7 @@ def _print(name: str, found: Prediction, quiet: bool) -> None:
         table.add_row(role, f"{row['damage']:.5f}", f"{share:.1%}", gib(row["bytes"]))
     out.print(table)
     for warning in q.warnings:
-        out.print(f"warning: {warning}", markup=False)
+        out.print(f"warning: {warning}")
     if found.unmatched:
         first = ", ".join(found.unmatched[:3])
         out.print(f"{len(found.unmatched)} tensors are not mentioned and stay: {first}, …")

@@ -125,4 +125,4 @@ def _finish(
     if as_json:
         where = {"page": str(out), "plot": str(plot) if plot else None}
         print_json({**where, "document": document})
-    console(quiet).print(f"[bold]Written[/bold]  {out}" + (f", {plot}" if plot else ""))
+    console(quiet).print(f"Written  {out}" + (f", {plot}" if plot else ""))

@@ -16,24 +16,25 @@ if TYPE_CHECKING:
 
 _BAR = 40
 _PARTS = (
-    ("weights_bytes", "█", "blue"),
-    ("kv_bytes", "▓", "yellow"),
-    ("derived_bytes", "▒", "magenta"),
-    ("compute_bytes", "▒", "green"),
-    ("reserve_bytes", "░", "white"),
+    ("weights_bytes", "█", "blue", " weights"),
+    ("kv_bytes", "▓", "yellow", " KV cache"),
+    ("derived_bytes", "▒", "magenta", " built at load"),
+    ("compute_bytes", "▒", "green", " compute"),
+    ("reserve_bytes", "░", "white", " reserve"),
 )
 
 
 def print_summary(console: Console, answer: Answer) -> None:
     """Print the summary of a design."""
-    from rich.markup import escape
     from rich.table import Table
 
     recipe = answer.recipe
     size = recipe.size
-    console.print(
-        f"\n[bold]{recipe.model.id}[/bold]  {gib(size.tensor_bytes)}  "
-        f"{size.bpw:.4f} bpw  {recipe.budget.get('label', '')}  ({recipe.engine.name})"
+    _print_part(
+        console,
+        f"\n{recipe.model.id}",
+        f"{gib(size.tensor_bytes)}  {size.bpw:.4f} bpw  {recipe.budget.get('label', '')}  "
+        f"({recipe.engine.name})",
     )
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column("tensors")
@@ -44,48 +45,53 @@ def print_summary(console: Console, answer: Answer) -> None:
     console.print(table)
     if recipe.devices:
         _print_memory(console, recipe.devices)
-    console.print(f"\n[bold]Quality[/bold]  {quality_text(recipe.quality)}")
+    _print_part(console, "\nQuality", quality_text(recipe.quality))
     for warning in recipe.quality.warnings:
-        console.print(f"  [yellow]warning[/yellow]  {warning}")
+        _print_part(console, "  warning", warning, style="yellow")
     for row in answer.published:
         console.print(
-            f"  [dim]published at {row['bpw']:.3f} bpw: {row['label']}, PPL {row['ppl']:.4f}, "
-            f"{row['source']}[/dim]",
+            f"  published at {row['bpw']:.3f} bpw: {row['label']}, PPL {row['ppl']:.4f}, "
+            f"{row['source']}",
+            style="dim",
             soft_wrap=True,
         )
     if recipe.speed.tg_tps is not None:
         s = recipe.speed
-        console.print(
-            f"[bold]Speed[/bold]  {s.tg_tps:.1f} t/s generating [{s.tg_low:.1f}, {s.tg_high:.1f}]",
-            markup=True,
-        )
+        text = f"{s.tg_tps:.1f} t/s generating [{s.tg_low:.1f}, {s.tg_high:.1f}]"
+        _print_part(console, "Speed", text)
     elif recipe.devices and not recipe.budget.get("ideal"):
         ram = any(d.kind == "host" and d.capacity_bytes for d in recipe.devices)
-        console.print(
-            f"[bold]Speed[/bold]  unknown: name the cards{' and the CPU (--cpu)' if ram else ''} "
-            "as `quantmix rigs` lists them for tokens per second"
-        )
+        text = f"unknown: name the cards{' and the CPU (--cpu)' if ram else ''} "
+        _print_part(console, "Speed", text + "as `quantmix rigs` lists them for tokens per second")
     _print_proof(console, answer)
     _print_real_cards(console, answer)
     for note in (*answer.notes, *recipe.offload.get("notes", [])):
-        console.print(f"[bold]Note[/bold]  {escape(note)}", soft_wrap=True)
+        _print_part(console, "Note", note, soft_wrap=True)
     _print_commands(console, answer)
 
 
+def _print_part(
+    console: Console, title: str, text: str, style: str = "bold", soft_wrap: bool = False
+) -> None:
+    from rich.text import Text
+
+    console.print(Text.assemble((title, style), f"  {text}"), soft_wrap=soft_wrap)
+
+
 def _print_memory(console: Console, devices: tuple[DeviceUse, ...]) -> None:
-    console.print(
-        "\n[bold]Memory[/bold]  [blue]█[/blue] weights  [yellow]▓[/yellow] KV cache  "
-        "[magenta]▒[/magenta] built at load  [green]▒[/green] compute  ░ reserve"
-    )
+    from rich.text import Text
+
+    legend = [part for _, mark, colour, name in _PARTS for part in ((f"  {mark}", colour), name)]
+    console.print(Text.assemble(("\nMemory", "bold"), *legend))
     width = max(d.capacity_bytes or d.used_bytes for d in devices) or 1
     for d in devices:
-        bar = ""
-        for key, mark, colour in _PARTS:
-            n = round(_BAR * getattr(d, key) / width)
-            bar += f"[{colour}]{mark * n}[/{colour}]" if n else ""
+        bar = [
+            (mark * round(_BAR * getattr(d, key) / width), colour)
+            for key, mark, colour, _ in _PARTS
+        ]
         free = "" if d.free_bytes is None else f", {gib(d.free_bytes)} free"
         of = "" if d.capacity_bytes is None else f" of {gib(d.capacity_bytes)}"
-        console.print(f"  {d.name:6}{bar} {gib(d.used_bytes)}{of}{free}")
+        console.print(Text.assemble(f"  {d.name:6}", *bar, f" {gib(d.used_bytes)}{of}{free}"))
 
 
 def _print_proof(console: Console, answer: Answer) -> None:
@@ -96,22 +102,25 @@ def _print_proof(console: Console, answer: Answer) -> None:
         else ""
     )
     where = "" if o.holds_for == "any mix" else f" on {o.holds_for}"
-    console.print(
-        f"[bold]Proof[/bold]  damage {o.objective:.5f} nats;{spent} no mix below "
-        f"{o.lower_bound:.5f}{where} (gap {o.gap:.1e}, {answer.solve_seconds:.2f} s)"
+    _print_part(
+        console,
+        "Proof",
+        f"damage {o.objective:.5f} nats;{spent} no mix below "
+        f"{o.lower_bound:.5f}{where} (gap {o.gap:.1e}, {answer.solve_seconds:.2f} s)",
     )
     for constraint in o.constraints:
-        console.print(f"  [dim]{constraint}[/dim]")
-    if answer.check is None:
-        console.print("[bold]Check[/bold]  skipped (--no-check)")
-    elif answer.check.engine is None:
-        console.print(f"[bold]Check[/bold]  rules matched back; no engine: {answer.check.note}")
+        console.print(f"  {constraint}", style="dim")
+    c = answer.check
+    if c is None:
+        checked = "skipped (--no-check)"
+    elif c.engine is None:
+        checked = f"rules matched back; no engine: {c.note}"
     else:
-        c = answer.check
-        console.print(
-            f"[bold]Check[/bold]  {c.engine}: {c.tensors_compared} tensors, "
+        checked = (
+            f"{c.engine}: {c.tensors_compared} tensors, "
             f"{c.types_differing} types and {c.bytes_differing} sizes differing"
         )
+    _print_part(console, "Check", checked)
 
 
 def _print_real_cards(console: Console, answer: Answer) -> None:
@@ -127,14 +136,14 @@ def _print_real_cards(console: Console, answer: Answer) -> None:
             verdict = f"short by {gib(cards.shortfall_bytes)}: design with --gpus {cards.gpus}"
         else:
             verdict = f"has it; design with --gpus {cards.gpus} for its exact bytes"
-        console.print(f"  [dim]{cards.count}× {cards.label}: {verdict}[/dim]")
+        console.print(f"  {cards.count}× {cards.label}: {verdict}", style="dim")
 
 
 def _print_commands(console: Console, answer: Answer) -> None:
     recipe, folder = answer.recipe, answer.folder
-    console.print(f"\n[bold]Written[/bold]  {folder}/")
+    _print_part(console, "\nWritten", f"{folder}/")
     console.print(f"  {folder}/quantize.sh SOURCE.gguf OUT.gguf IMATRIX.dat", soft_wrap=True)
     if recipe.devices:
         env = " ".join(f"{k}={v}" for k, v in recipe.offload["env"].items())
         serve = shlex.join(recipe.commands["serve"])
-        console.print(f"  {env} {serve}".replace("   ", "  "), soft_wrap=True, markup=False)
+        console.print(f"  {env} {serve}".replace("   ", "  "), soft_wrap=True)

@@ -127,7 +127,6 @@ def _show(found: Verified, screen: Console) -> None:
             f"predicted KLD {k.kld:.4f} [{k.kld_low:.4f}, {k.kld_high:.4f}], measured "
             f"{e.divergence.mean:.4f} ({k.probes_kld:.4f} on the text of the probes, times "
             f"{k.text_factor:.3f}: what this text does to a mix of other types)",
-            markup=False,
         )
     p = found.predicted
     if p is None or p.ppl is None:
@@ -135,7 +134,6 @@ def _show(found: Verified, screen: Console) -> None:
     span = f" [{p.ppl_low:.4f}, {p.ppl_high:.4f}]" if p.ppl_low and p.ppl_high else ""
     screen.print(
         f"predicted {p.ppl:.4f}{span}, measured {e.perplexity.ppl:.4f}",
-        markup=False,
         soft_wrap=True,
     )
     if p.holds is False:

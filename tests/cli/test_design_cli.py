@@ -191,3 +191,13 @@ def test_unknown_words_name_the_mend(args: tuple[str, ...], words: str, tmp_path
     assert done.returncode == 2, done.stderr
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert words in done.stderr
+
+
+def test_brackets_are_printed_as_they_are(tmp_path: Path) -> None:
+    """A class in a regex and a folder in brackets are no markup, and end no summary."""
+    pins = ("--pin", r"attn_[qk]\.weight=q8_0", "--floor", "[/o]utput=q8_0")
+    line = ("smollm2-135m", "--vram", "2G", "--no-check", *pins, "--out", "[bold]")
+    done = quantmix("design", *line, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for text in (r"pin attn_[qk]\.weight=q8_0", "floor [/o]utput=q8_0", "[bold]/smollm2-135m-2G/"):
+        assert text in done.stderr
