@@ -286,6 +286,11 @@ def parse_percent(text: str) -> float:
     return float(match.group(1)) / 100
 
 
+def split_names(text: str | None) -> tuple[str, ...]:
+    """Return the names of a list like `q8_0, iq4_ks`."""
+    return tuple(t.strip() for t in (text or "").split(",") if t.strip())
+
+
 def split_rules(rules: Sequence[str] | None, flag: str) -> tuple[tuple[str, str], ...]:
     """Cut `REGEX=TYPE` texts at their last `=`.
 
@@ -381,7 +386,7 @@ def _options(request: Request) -> Options:
         raise UsageError("--quality-slack must be a number, not negative")
     if request.min_tps is not None and not 0 < request.min_tps < math.inf:
         raise UsageError("--min-tps must be a number above zero")
-    names = tuple(t.strip() for t in (request.types or "").split(",") if t.strip())
+    names = split_names(request.types)
     if request.types is not None and not names:
         raise UsageError("--types is empty: name types like q8_0,iq4_ks,iq2_kt")
     if request.name is not None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from quantmix.cli.common import JsonFlag, QuietFlag, answer_errors, console, print_json
+from quantmix.cli.common import JsonFlag, QuietFlag, answer_errors, console, one_of, print_json
 
 if TYPE_CHECKING:
     from quantmix.recipe import Recipe
@@ -39,7 +39,6 @@ def clone(
 ) -> None:
     """Read the types of a file."""
     from quantmix import clone as cloning
-    from quantmix.cli.common import one_of
     from quantmix.ggml.types import ENGINES
     from quantmix.models.sources import load_model
 
@@ -77,7 +76,6 @@ def import_(
         _import_table(file, model, out, as_json, quiet)
         return
     from quantmix import clone as cloning
-    from quantmix.cli.common import one_of
     from quantmix.emit.parse_rules import taken_by_accident
     from quantmix.errors import UsageError
     from quantmix.ggml.types import ENGINES

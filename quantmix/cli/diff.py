@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from quantmix.cli.common import JsonFlag, QuietFlag, answer_errors, console, print_json
+from quantmix.cli.common import JsonFlag, QuietFlag, answer_errors, console, one_of, print_json
 
 if TYPE_CHECKING:
     from quantmix.compare import Difference, Line
@@ -31,7 +31,6 @@ def diff(
     quiet: QuietFlag = False,
 ) -> None:
     """Load both, compare, print."""
-    from quantmix.cli.common import one_of
     from quantmix.compare import diff as compare
     from quantmix.compare import load_side
     from quantmix.ggml.types import ENGINES

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from quantmix.cli import options
 from quantmix.cli.common import JsonFlag, QuietFlag, answer_errors, console, print_json
 
 if TYPE_CHECKING:
@@ -25,33 +26,21 @@ def register(app: typer.Typer) -> None:
 
 
 def frontier(
-    model: Annotated[
-        str, typer.Argument(help="Catalog name, GGUF file or folder, hf:org/name or URL.")
-    ],
+    model: options.ModelName,
     start: Annotated[
         str | None, typer.Option("--from", help="Smallest size: 130G or 2bpw (default: 0.7 nats).")
     ] = None,
     end: Annotated[str | None, typer.Option("--to", help="Largest size: 400G or 5bpw.")] = None,
     points: Annotated[int, typer.Option(help="How many points of the curve.")] = 40,
-    engine: Annotated[str, typer.Option(help="ik or mainline.")] = "ik",
+    engine: options.Engine = "ik",
     ctx: Annotated[str, typer.Option(help="Context for the memory of one device.")] = "32768",
     ctk: Annotated[str, typer.Option(help="Type of the K cache (V: the same).")] = "f16",
-    types: Annotated[str | None, typer.Option(help="Only these types, comma separated.")] = None,
-    pin: Annotated[
-        list[str] | None, typer.Option(help="REGEX=TYPE: fix the type of tensors.")
-    ] = None,
-    floor: Annotated[
-        list[str] | None, typer.Option(help="REGEX=TYPE: no worse than this type.")
-    ] = None,
-    no_imatrix: Annotated[
-        bool, typer.Option("--no-imatrix", help="There is no importance matrix.")
-    ] = False,
-    measurements: Annotated[
-        Path | None, typer.Option(help="Sensitivities measured by `quantmix measure`.")
-    ] = None,
-    layout: Annotated[
-        str | None, typer.Option(help="MLA layout of the source: split, ik or legacy.")
-    ] = None,
+    types: options.Types = None,
+    pin: options.Pins = None,
+    floor: options.Floors = None,
+    no_imatrix: options.NoImatrix = False,
+    measurements: options.MeasurementsFile = None,
+    layout: options.Layout = None,
     plot: Annotated[Path | None, typer.Option(help="Write the plot, .png or .svg.")] = None,
     as_json: JsonFlag = False,
     quiet: QuietFlag = False,
@@ -62,14 +51,14 @@ def frontier(
     from quantmix.frontier import parse_bound, sweep
     from quantmix.models.sources import load_model
     from quantmix.palette import TypeLimits
-    from quantmix.request import parse_ctx, split_rules
+    from quantmix.request import parse_ctx, split_names, split_rules
 
     found = load_model(model, layout=layout)
     settings = make_settings(
         engine=engine, ctx=parse_ctx(ctx) or found.hparams.ctx_train or None, ctk=ctk, ctv=ctk
     )
     limits = TypeLimits(
-        types=tuple(t.strip() for t in (types or "").split(",") if t.strip()),
+        types=split_names(types),
         pins=split_rules(pin, "--pin"),
         floors=split_rules(floor, "--floor"),
         imatrix=not no_imatrix,

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from quantmix.cli.common import JsonFlag, QuietFlag, answer_errors, console, print_json
+from quantmix.cli import options
+from quantmix.cli.common import JsonFlag, QuietFlag, answer_errors, console, one_of, print_json
 
 if TYPE_CHECKING:
     from quantmix.models.inspect import Group, Row
@@ -23,9 +24,7 @@ def register(app: typer.Typer) -> None:
 
 
 def inspect(
-    model: Annotated[
-        str, typer.Argument(help="Catalog name, GGUF file or folder, hf:org/name or URL.")
-    ],
+    model: options.ModelName,
     at: Annotated[
         str | None, typer.Option(help="Sizes at this type, the engine's fallbacks applied.")
     ] = None,
@@ -41,7 +40,6 @@ def inspect(
     quiet: QuietFlag = False,
 ) -> None:
     """Parse, load, print."""
-    from quantmix.cli.common import one_of
     from quantmix.ggml.types import ENGINES
     from quantmix.models.inspect import GROUPINGS, group, rows_of, sort_groups, total
     from quantmix.models.sources import load_model

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from quantmix.cli.common import JsonFlag, QuietFlag, answer_errors, console, print_json
+from quantmix.cli.common import JsonFlag, QuietFlag, answer_errors, console, one_of, print_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -62,23 +63,22 @@ def measure(
 ) -> None:
     """Plan the probes, run what is missing, print the table."""
     from quantmix import measure as work
-    from quantmix.cli.common import one_of
     from quantmix.cli.progress import bar
     from quantmix.engine.weights import open_weights
     from quantmix.ggml.types import get
     from quantmix.recipe import load
+    from quantmix.request import split_names
     from quantmix.texts import text
 
     scope = one_of("way to group tensors", by, work.SCOPES)
-    asked = [t.strip() for t in kinds.split(",") if t.strip()]
-    more = [t.strip() for t in error_types.split(",") if t.strip()]
+    asked, more = split_names(kinds), split_names(error_types)
     for name in more:  # before hours of probes
         get(name)
     groups = work.groups_of(
         open_weights(source),
         scope,
         asked,
-        roles=[r.strip() for r in roles.split(",") if r.strip()],
+        roles=split_names(roles),
         bands=bands,
     )
     mix: dict[str, str] = {}
@@ -115,7 +115,7 @@ def _document(results: Measurements, out: Path) -> dict[str, Any]:
     return {"file": str(out), **asdict(results)}
 
 
-def _show(results: Measurements, asked: list[str], screen: Console) -> None:
+def _show(results: Measurements, asked: Sequence[str], screen: Console) -> None:
     """Print a table: rows are groups, columns types, cells KLD in nats."""
     from rich.table import Table
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from quantmix.cli import options
 from quantmix.cli.common import JsonFlag, QuietFlag, answer_errors, console, print_json
 
 if TYPE_CHECKING:
@@ -30,41 +31,33 @@ def register(app: typer.Typer) -> None:
 
 @answer_errors
 def offload(
-    model: Annotated[
-        str, typer.Argument(help="GGUF file or folder, URL, hf:org/name, or a catalog name.")
-    ],
-    gpus: Annotated[str | None, typer.Option(help="Cards in CUDA order: 2xrtx-5090,1x24G.")] = None,
-    rig: Annotated[str | None, typer.Option(help="A rig by name, or a TOML file.")] = None,
-    vram: Annotated[str | None, typer.Option(help="One idealised GPU of that many bytes.")] = None,
-    ram: Annotated[str | None, typer.Option(help="Installed RAM; without it, GPUs only.")] = None,
-    ram_reserve: Annotated[str | None, typer.Option(help="RAM to leave alone.")] = None,
-    reserve: Annotated[str | None, typer.Option(help="Bytes to leave alone on every GPU.")] = None,
-    desktop: Annotated[
-        bool, typer.Option("--desktop", help="The first GPU also drives a desktop.")
-    ] = False,
-    cpu: Annotated[str | None, typer.Option(help="CPU platform, for speed.")] = None,
-    cpu_cores: Annotated[int | None, typer.Option(help="Its physical cores.")] = None,
+    model: options.ModelName,
+    gpus: options.Gpus = None,
+    rig: options.RigName = None,
+    vram: options.Vram = None,
+    ram: options.Ram = None,
+    ram_reserve: options.RamReserve = None,
+    reserve: options.Reserve = None,
+    desktop: options.Desktop = False,
+    cpu: options.Cpu = None,
+    cpu_cores: options.CpuCores = None,
     at: Annotated[
         str | None, typer.Option(help="Take every matrix at this type (models without a file).")
     ] = None,
-    engine: Annotated[str, typer.Option(help="ik or mainline.")] = "ik",
-    engine_build: Annotated[
-        str | None, typer.Option(help="Date of the engine build, e.g. 2025-06-16.")
-    ] = None,
-    ctx: Annotated[str, typer.Option(help="Context over all slots: 32768, 32k, or max.")] = "32768",
-    ctk: Annotated[str, typer.Option(help="Type of the K cache.")] = "f16",
-    ctv: Annotated[
-        str | None, typer.Option(help="Type of the V cache (default: f16, or --ctk for MLA).")
-    ] = None,
-    ubatch: Annotated[int | None, typer.Option(help="Physical batch (default 512).")] = None,
-    batch: Annotated[int | None, typer.Option(help="Logical batch (default 2048).")] = None,
-    profile: Annotated[str | None, typer.Option(help="prompt or generate: chooses ubatch.")] = None,
-    parallel: Annotated[int, typer.Option(help="Server slots.")] = 1,
-    mla: Annotated[int, typer.Option(help="ik's -mla for latent attention.")] = 3,
-    amb: Annotated[int, typer.Option(help="ik's -amb in MiB.")] = 256,
-    nkvo: Annotated[bool, typer.Option("--nkvo", help="KV cache in RAM.")] = False,
-    mtp: Annotated[bool, typer.Option("--mtp", help="Load and run the MTP block (ik).")] = False,
-    layout: Annotated[str | None, typer.Option(help="MLA layout: split, ik or legacy.")] = None,
+    engine: options.Engine = "ik",
+    engine_build: options.EngineBuild = None,
+    ctx: options.Ctx = "32768",
+    ctk: options.Ctk = "f16",
+    ctv: options.Ctv = None,
+    ubatch: options.Ubatch = None,
+    batch: options.Batch = None,
+    profile: options.Profile = None,
+    parallel: options.Parallel = 1,
+    mla: options.Mla = 3,
+    amb: options.Amb = 256,
+    nkvo: options.Nkvo = False,
+    mtp: options.Mtp = False,
+    layout: options.Layout = None,
     lint: Annotated[
         str | None, typer.Option(help="Pasted command line or flags to explain.")
     ] = None,
@@ -75,6 +68,8 @@ def offload(
     quiet: QuietFlag = False,
 ) -> None:
     """Parse, call, print."""
+    others = ("at", "lint", "measured", "as_json", "quiet")
+    asked: dict[str, Any] = {k: v for k, v in locals().items() if k not in (*others, "others")}
     from quantmix.errors import UsageError
     from quantmix.models.sources import load_model
     from quantmix.request import Request
@@ -82,32 +77,7 @@ def offload(
     if measured is not None and lint is None:
         raise UsageError("--measured is the speed of a pasted line: give it with --lint")
     loaded = load_model(model, layout=layout)
-    request = Request(
-        model=model,
-        gpus=gpus,
-        rig=rig,
-        vram=vram,
-        ram=ram,
-        ram_reserve=ram_reserve,
-        reserve=reserve,
-        desktop=desktop,
-        cpu=cpu,
-        cpu_cores=cpu_cores,
-        engine=engine,
-        engine_build=engine_build,
-        ctx=ctx,
-        ctk=ctk,
-        ctv=ctv,
-        ubatch=ubatch,
-        batch=batch,
-        profile=profile,
-        parallel=parallel,
-        mla=mla,
-        amb=amb,
-        nkvo=nkvo,
-        mtp=mtp,
-        layout=layout,
-    )
+    request = Request(**asked)
     if lint is not None:
         _lint(loaded, request, lint, at, measured, as_json, quiet)
     else:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from quantmix.cli.common import JsonFlag, QuietFlag, answer_errors, console, print_json
+from quantmix.cli.common import JsonFlag, QuietFlag, answer_errors, console, one_of, print_json
 
 
 def register(app: typer.Typer) -> None:
@@ -31,7 +31,6 @@ def types(
 
     from rich.table import Table
 
-    from quantmix.cli.common import one_of
     from quantmix.ggml.types import ENGINES, default_palette, table
 
     known = one_of("engine", engine, ENGINES)

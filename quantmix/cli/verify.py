@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from quantmix.cli.common import JsonFlag, QuietFlag, answer_errors, console, print_json
+from quantmix.cli.common import JsonFlag, QuietFlag, answer_errors, console, one_of, print_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -73,7 +73,6 @@ def verify(
 ) -> None:
     """Measure with progress, print, judge."""
     from quantmix import verify as work
-    from quantmix.cli.common import one_of
     from quantmix.cli.progress import bar
     from quantmix.errors import CheckFailed
     from quantmix.ggml.types import ENGINES
