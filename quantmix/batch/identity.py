@@ -91,10 +91,10 @@ def of_engine(state: State, name: str) -> str:
     """Return what would quantize and check here: the hash of the program, `none` without one."""
     try:
         if name == "mainline":
-            from quantmix.engine.mainline_find import candidates
+            from quantmix.engine.mainline_find import find_mainline
 
-            first = next(iter(candidates()), None)
-            path = first and (first.program or first.library)
+            found = find_mainline("quantize")
+            path = found.program or found.library
         else:
             from quantmix.engine.find import find_program
 

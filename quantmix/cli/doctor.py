@@ -31,5 +31,5 @@ def doctor(as_json: JsonFlag = False, quiet: QuietFlag = False) -> None:
     for f in findings:
         mark = ("ok   ", "green") if f.ok else ("none ", "yellow")
         out.print(Text.assemble(mark, (f.name, "bold"), f"  {f.detail}"))
-        if f.mend and not f.ok:
+        if f.mend:
             out.print(f"     {f.mend}", style="dim")

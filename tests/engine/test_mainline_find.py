@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from quantmix.engine import mainline_fetch, mainline_find
+from quantmix.engine.health import examine
 from quantmix.engine.mainline_find import Mainline, candidates, find_mainline, flavour
 from quantmix.errors import EngineError, EngineMissing, UsageError
 
@@ -103,3 +104,17 @@ def test_program_of_no_flavour(bare: Path) -> None:
     assert flavour(program) == ""
     program.chmod(0o755)
     assert flavour(program) == ""
+
+
+def test_doctor_says_what_a_program_without_library_can_do(
+    bare: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It checks and quantizes; what counts memory is still to be installed."""
+    program = bare / "llama-quantize"
+    program.write_text("#!/bin/sh\necho --tensor-type-file --dry-run\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("QUANTMIX_LLAMA_BIN", str(bare))
+    (found,) = (f for f in examine() if f.name == "mainline llama.cpp")
+    assert found.ok
+    assert found.detail == "QUANTMIX_LLAMA_BIN checks and quantizes recipes"
+    assert "a mainline libllama is needed" in found.mend
