@@ -16,14 +16,13 @@ from quantmix.emit.flags import (
 from quantmix.emit.layers import (
     byte_slack,
     split_sizes,
-    splits_bytes,
     weights_by_bytes,
-    weights_by_count,
 )
 from quantmix.errors import UsageError
 from quantmix.memory.head import head_device
 from quantmix.memory.model import HOST, Placement
 from quantmix.memory.settings import Settings
+from quantmix.memory.split import splits_bytes
 from quantmix.models.model import Model
 from quantmix.rig.device import Rig
 
@@ -75,7 +74,7 @@ def _tensor_split(
 ) -> tuple[tuple[int, ...], tuple[str, ...]]:
     """`-ts` values for this build's rule, and the note that goes with them."""
     if not splits_bytes(settings):
-        return weights_by_count(plan.counts), ()
+        return plan.counts, ()
     weighed = split_sizes(model, settings, sizes)
     weights = weights_by_bytes(plan.counts, plan.first, weighed)
     slack = byte_slack(weights, plan.counts, plan.first, weighed)

@@ -1,16 +1,12 @@
-"""Which GPU each block lands on: both engines' rules for `-ts`, and `-ts` values that give a plan.
+"""Which GPU each block lands on where ik deals bytes, and `-ts` values that give a plan there.
 
-By count (mainline; ik until 2025-11): block i goes to the first GPU whose cumulative share of
-`-ts` exceeds (i - first) / n, the output matrix counting as one more block.
-By bytes (ik from 2025-12 on): blocks are dealt in order; a GPU takes blocks while the bytes dealt
-stay within its cumulative share of Σ bytes, and one more when that lands nearer to the share. A
-block counts with all its tensors (`-ot` is not looked at) and its KV cache; every GPU counts
-with one compute buffer besides.
+From 2025-12 on ik deals blocks in order; a GPU takes blocks while the bytes dealt stay within its
+cumulative share of Σ bytes, and one more when that lands nearer to the share. A block counts with
+all its tensors (`-ot` is not looked at) and its KV cache; every GPU counts with one compute buffer
+besides. Elsewhere blocks are dealt by number (`memory.split`), and the numbers are the values.
 
-Sources: llama.cpp src/llama-model.cpp load_tensors; ik_llama.cpp src/llama.cpp llm_load_tensors
-and get_layer_sizes. The count rule was checked with the KV sizes of 22 published logs; the byte
-rule is read from the source of one build (2026-04, in the PyPI package) and was never run on a
-GPU here.
+Sources: ik_llama.cpp src/llama.cpp llm_load_tensors and get_layer_sizes, read in one build
+(2026-04, in the PyPI package); never run on a GPU here.
 """
 
 from __future__ import annotations
@@ -21,14 +17,13 @@ from itertools import pairwise
 from typing import Final
 
 import numpy as np
-from numpy.typing import NDArray
 
 from quantmix.errors import UsageError
 from quantmix.memory import kv
 from quantmix.memory.settings import Settings
+from quantmix.memory.split import shares
 from quantmix.models.model import Model
 
-IK_SPLITS_BYTES: Final = "2025-12-01"  # ik_llama.cpp PRs 1022, 1065, 1476, 1498
 _Q8_0_ROW_512: Final = 544  # bytes of a q8_0 row of 512 weights
 # A boundary is kept away from the edges of what the rule accepts by this share of the window.
 _KEEP_OFF: Final = 0.3
@@ -46,11 +41,6 @@ class SplitSizes:
 
     blocks: tuple[float, ...]
     compute: float
-
-
-def splits_bytes(settings: Settings) -> bool:
-    """Whether this engine build deals blocks by bytes."""
-    return settings.engine == "ik" and settings.build >= IK_SPLITS_BYTES
 
 
 def split_sizes(model: Model, settings: Settings, sizes: Mapping[str, int]) -> SplitSizes:
@@ -81,25 +71,15 @@ def split_sizes(model: Model, settings: Settings, sizes: Mapping[str, int]) -> S
     return SplitSizes(tuple(blocks), compute)
 
 
-def by_count(weights: Sequence[float], first: int, n_slots: int) -> list[int]:
-    """GPU of each of the slots `first … n_slots - 1` (the output is the last slot)."""
-    shares = _shares(weights)
-    n = np.float32(n_slots - first)
-    return [
-        int(np.searchsorted(shares, np.float32(i) / n, side="right"))
-        for i in range(n_slots - first)
-    ]
-
-
 def by_bytes(weights: Sequence[float], first: int, n_slots: int, sizes: SplitSizes) -> list[int]:
     """GPU of each of the slots `first … n_slots - 1` under ik's byte rule, in its arithmetic."""
-    shares = _shares(weights)
+    sums = shares(weights)
     devices = [len(weights) - 1] * (n_slots - first)
     total = sizes.compute * len(weights) + sum(sizes.blocks[first:n_slots])
     dealt, i = np.float32(0), first
     for gpu in range(len(weights)):
         dealt = np.float32(float(dealt) + sizes.compute)
-        share = float(np.float32(float(shares[gpu]) * total))
+        share = float(np.float32(float(sums[gpu]) * total))
         while i < n_slots:
             size = sizes.blocks[i]
             over = float(dealt) + size - share
@@ -111,11 +91,6 @@ def by_bytes(weights: Sequence[float], first: int, n_slots: int, sizes: SplitSiz
             if over > 0:
                 break
     return devices
-
-
-def weights_by_count(counts: Sequence[int]) -> tuple[int, ...]:
-    """`-ts` values that give each GPU its number of slots: the numbers themselves, exactly."""
-    return tuple(counts)
 
 
 def weights_by_bytes(counts: Sequence[int], first: int, sizes: SplitSizes) -> tuple[int, ...]:
@@ -197,11 +172,6 @@ def _integers(windows: Sequence[tuple[float, float]], total: int) -> tuple[int, 
         return None
     points.append(total)
     return tuple(b - a for a, b in pairwise(points))
-
-
-def _shares(weights: Sequence[float]) -> NDArray[np.float32]:
-    sums = np.cumsum(np.asarray(weights, dtype=np.float32), dtype=np.float32)
-    return np.asarray(sums / sums[-1], dtype=np.float32)
 
 
 def _counts(devices: Sequence[int], n: int) -> list[int]:

@@ -12,7 +12,6 @@ from quantmix.emit.flags import (
     output_override,
     split_plan,
 )
-from quantmix.emit.layers import weights_by_count
 from quantmix.errors import UsageError
 from quantmix.memory.model import HOST, Placement
 from quantmix.memory.settings import Settings
@@ -44,7 +43,7 @@ def offload_flags(
     ngl = plan.n_blocks + 1 - plan.first if plan.gpus else 0
     flags = ["-ngl", str(ngl if plan.first else 999)]
     if len(plan.gpus) > 1:
-        flags += ["-sm", "layer", "-ts", ",".join(map(str, weights_by_count(plan.counts)))]
+        flags += ["-sm", "layer", "-ts", ",".join(map(str, plan.counts))]
     if in_ram_output:
         flags += output_override(model, "CPU")
     flags += expert_override(model, placement, settings)

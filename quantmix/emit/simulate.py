@@ -21,12 +21,13 @@ from typing import Final
 
 from quantmix.emit.cmdline import CommandLine, Option, parse
 from quantmix.emit.flags import OffloadFlags, is_movable
-from quantmix.emit.layers import by_bytes, by_count, split_sizes, splits_bytes
+from quantmix.emit.layers import by_bytes, split_sizes
 from quantmix.errors import CheckFailed, UsageError
 from quantmix.memory import kv
 from quantmix.memory.head import head_name
 from quantmix.memory.model import HOST, Placement
 from quantmix.memory.settings import Settings
+from quantmix.memory.split import by_count, gpu_slots, splits_bytes
 from quantmix.models.model import Model, Tensor
 from quantmix.rig.device import Rig
 
@@ -179,10 +180,7 @@ def layer_homes(
     ngl = 999 if ngl is None or ngl < 0 else ngl
     if not seen or ngl == 0:
         return Homes((HOST,) * n, HOST)
-    if settings.engine == "ik":
-        first, last = max(n - ngl, 0), n + 1 if ngl > n else n
-    else:
-        first, last = max(n + 1 - ngl, 0), n + 1
+    first, last = gpu_slots(n, ngl, settings.engine)
     if command.value("sm") == "none":
         slots = [main_gpu(command, len(seen))] * (last - first)
     elif len(seen) == 1:

@@ -19,7 +19,7 @@ from quantmix.memory.fit import coverage, leave_one_thread_out
 from quantmix.memory.kv import kv_bytes
 from quantmix.memory.logs import LogCase, read_logs
 from quantmix.memory.margins import margins
-from quantmix.rig.split import COUNT_UNTIL, layers_of
+from quantmix.memory.split import IK_SPLITS_BYTES, homes_by_count, splits_bytes
 from quantmix.units import MIB
 
 _KV_TOLERANCE: Final = 0.001
@@ -110,8 +110,8 @@ def _split(case: LogCase) -> Judged:
     why = ""
     if case.model is None:
         why = f"model {case.model_text[:60]!r} is not in the tables"
-    elif s.engine == "ik" and s.build >= COUNT_UNTIL:
-        why = f"ik since {COUNT_UNTIL} splits by bytes; the post does not give them"
+    elif splits_bytes(s):
+        why = f"ik since {IK_SPLITS_BYTES} splits by bytes; the post does not give them"
     elif len(ts) != len(held) or all(k is None for k in held):
         why = "the post does not show the cache of every card"
     elif case.split_mode == "row":
@@ -121,7 +121,7 @@ def _split(case: LogCase) -> Judged:
     ngl = case.offloaded[0] if case.offloaded else case.model.hparams.n_layer + 1
     try:
         per_layer = kv_bytes(case.model, s)
-        homes = layers_of(ts, len(per_layer), ngl, s.engine, s.build)
+        homes = homes_by_count(ts, len(per_layer), ngl, s.engine)
     except QuantmixError as err:
         return [], [{"id": name, "why": str(err)}]
     found = []

@@ -11,14 +11,13 @@ from hypothesis import strategies as st
 from quantmix.emit.layers import (
     SplitSizes,
     by_bytes,
-    by_count,
     byte_slack,
     split_sizes,
     weights_by_bytes,
-    weights_by_count,
 )
 from quantmix.errors import UsageError
 from quantmix.memory.settings import Settings
+from quantmix.memory.split import by_count
 
 from .conftest import model_of, sizes_of
 
@@ -33,7 +32,7 @@ def runs(counts: list[int]) -> list[int]:
 @given(COUNTS, st.integers(0, 30))
 def test_counts_as_weights_are_exact(counts: list[int], first: int) -> None:
     """Under the count rule, layer counts given as -ts come back as the split."""
-    assert by_count(weights_by_count(counts), first, first + sum(counts)) == runs(counts)
+    assert by_count(counts, first, first + sum(counts)) == runs(counts)
 
 
 @given(COUNTS, st.integers(0, 5), st.randoms(use_true_random=False))
