@@ -15,7 +15,7 @@ from quantmix import budget_flags
 from quantmix.budget import ANY_VRAM_BYTES, Budget
 from quantmix.design import Design, Options, run
 from quantmix.emit.folder import write_folder
-from quantmix.engine.ghost import CheckResult, DryCheck, dry_run, static_problems
+from quantmix.engine.ghost import CheckResult, dry_run
 from quantmix.errors import CheckFailed, EngineError, UsageError
 from quantmix.files import require_name, write_text
 from quantmix.loss.model import LossModel
@@ -151,24 +151,17 @@ def fulfil(
     solved = time.perf_counter() - before
     recipe = found.recipe
     check: CheckResult | None = None
-    if request.no_check:
-        recipe = replace(recipe, check=None)
-        written = write_folder(recipe, request.out / recipe.name)
-    else:
+    if not request.no_check:
         with dry_run(recipe, model) as engine:
             _prepare_figures()
             try:
-                check = _checked(recipe, model, engine)
+                check = engine.check(recipe, model)
             except EngineError as err:
                 raise EngineError(f"{err}: {_other_ways(recipe, model)}") from err
         if not check.ok:
-            first = check.problems[0]
-            raise CheckFailed(
-                f"the check of {recipe.name} found {len(check.problems)} problems, "
-                f"the first at {first.tensor or 'the sums'}: {first.problem}"
-            )
-        recipe = replace(recipe, check=check.to_json())
-        written = write_folder(recipe, request.out / recipe.name)
+            raise CheckFailed(f"the check of {recipe.name} found {check.complaint}")
+    recipe = replace(recipe, check=check.to_json() if check else None)
+    written = write_folder(recipe, request.out / recipe.name)
     if request.dump_problem is not None:
         dump_problem(found, request.dump_problem)
     return Answer(
@@ -304,13 +297,6 @@ def split_rules(rules: Sequence[str] | None, flag: str) -> tuple[tuple[str, str]
             raise UsageError(f"{flag} {rule!r} is not REGEX=TYPE")
         result.append((pattern, name))
     return tuple(result)
-
-
-def _checked(recipe: Recipe, model: Model, engine: DryCheck) -> CheckResult:
-    problems = static_problems(recipe, model)
-    compared = engine.compare(recipe)
-    matched = not any(p.problem.startswith("rule") for p in problems)
-    return replace(compared, rules_matched_back=matched, problems=(*problems, *compared.problems))
 
 
 def _prepare_figures() -> None:

@@ -272,11 +272,7 @@ def check(order: _Order) -> Made:
     model = order.workshop.model(order.request, order.payload["model_digest"])
     found = run_check(recipe, model)
     if not found.ok:
-        first = found.problems[0]
-        raise CheckFailed(
-            f"{len(found.problems)} problems, the first at {first.tensor or 'the sums'}: "
-            f"{first.problem}"
-        )
+        raise CheckFailed(found.complaint)
     replace(recipe, check=found.to_json()).save(order.stage / "recipe", figures=False)
     names = ("recipe.json", "README.md")
     return Made(found.to_json(), tuple((f"recipe/{n}", f"{order.name}/{n}") for n in names))

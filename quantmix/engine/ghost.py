@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from quantmix.ggml import types as ggml
 from quantmix.models.model import Model
 
 if TYPE_CHECKING:
+    from quantmix.engine.dry_run import DryTensor
     from quantmix.engine.ik_dry_run import Running
     from quantmix.recipe import Recipe
 
@@ -43,12 +44,19 @@ class CheckResult:
     bytes_differing: int = 0
     print_mismatches: int = 0
     note: str = ""
-    problems: tuple[Problem, ...] = field(default=())
+    problems: tuple[Problem, ...] = ()
 
     @property
     def ok(self) -> bool:
         """Whether everything that could be checked holds."""
         return not self.problems and self.rules_matched_back
+
+    @property
+    def complaint(self) -> str:
+        """How many problems there are, and the first."""
+        first = self.problems[0]
+        where = first.tensor or "the sums"
+        return f"{len(self.problems)} problems, the first at {where}: {first.problem}"
 
     def to_json(self) -> dict[str, Any]:
         """Return the `check` object of CONTRACT §2."""
@@ -73,20 +81,8 @@ def check(recipe: Recipe, model: Model | None = None) -> CheckResult:
     """
     if model is None:
         model = model_of(recipe)
-    problems = static_problems(recipe, model)
-    matched = not any(p.problem.startswith("rule") for p in problems)
     with dry_run(recipe, model) as running:
-        compared = running.compare(recipe)
-    return CheckResult(
-        rules_matched_back=matched,
-        engine=compared.engine,
-        tensors_compared=compared.tensors_compared,
-        types_differing=compared.types_differing,
-        bytes_differing=compared.bytes_differing,
-        print_mismatches=compared.print_mismatches,
-        note=compared.note,
-        problems=(*problems, *compared.problems),
-    )
+        return running.check(recipe, model)
 
 
 def model_of(recipe: Recipe) -> Model:
@@ -146,8 +142,14 @@ class DryCheck:
     ghost: Path | None
     missing: str = ""
 
-    def compare(self, recipe: Recipe) -> CheckResult:
-        """Wait for the engine and compare it with the recipe, tensor by tensor, byte by byte."""
+    def check(self, recipe: Recipe, model: Model) -> CheckResult:
+        """Check what needs no engine, then wait for it and compare it tensor by tensor."""
+        problems = static_problems(recipe, model)
+        matched = not any(p.problem.startswith("rule") for p in problems)
+        found = self._compare(recipe)
+        return replace(found, rules_matched_back=matched, problems=(*problems, *found.problems))
+
+    def _compare(self, recipe: Recipe) -> CheckResult:
         if self.missing or self.ghost is None:
             return CheckResult(True, None, note=self.missing)
         if self.running is not None:
@@ -201,7 +203,9 @@ def _scratch() -> str | None:
     return shm if os.path.isdir(shm) and os.access(shm, os.W_OK) else None
 
 
-def _compare(recipe: Recipe, tensors: Any, engine: str, note: str) -> CheckResult:
+def _compare(
+    recipe: Recipe, tensors: Mapping[str, DryTensor], engine: str, note: str
+) -> CheckResult:
     """Compare planned tensors with what the engine would write."""
     problems = []
     types = sizes = prints = compared = 0

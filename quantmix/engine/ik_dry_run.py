@@ -7,15 +7,14 @@ import re
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from math import prod
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Final
 
+from quantmix.engine.dry_run import DryTensor, read_tensor
 from quantmix.engine.find import Program, find_program, package_folder
 from quantmix.errors import EngineError
 from quantmix.ggml import types as ggml
-from quantmix.units import MIB
 
 _SECONDS: Final = 600
 _RECORD: Final = re.compile(
@@ -26,31 +25,6 @@ _CONVERTED: Final = re.compile(
 )
 _KEPT: Final = re.compile(r"size =\s*(?P<size>[\d.]+) MB")
 _TOTAL: Final = re.compile(r"quant size\s*=\s*([\d.]+) MB")
-
-
-@dataclass(frozen=True, slots=True)
-class DryTensor:
-    """One tensor of a dry run.
-
-    Attributes:
-        shape: ggml order, trailing ones dropped.
-        type: what the engine would write; `kept` when it copies the tensor.
-        bytes: rows × the engine's own row size of that type.
-        printed_mib, digits: the size that it printed and its decimals.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    type: str
-    kept: bool
-    bytes: int
-    printed_mib: float
-    digits: int
-
-    @property
-    def print_agrees(self) -> bool:
-        """Whether the printed size is `bytes`, within the rounding of the print."""
-        return abs(self.bytes / MIB - self.printed_mib) <= 0.5 * 10.0**-self.digits + 1e-9
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,28 +115,17 @@ def parse(log: str, program: Program) -> DryRun:
 
 
 def _tensor(record: re.Match[str], body: str, row_size: Any) -> DryTensor:
-    shape = tuple(int(n) for n in record["shape"].split(","))
-    while len(shape) > 1 and shape[-1] == 1:
-        shape = shape[:-1]
     converted = _CONVERTED.search(body)
     kept = None if converted else _KEPT.search(body)
     if converted:
-        name, text = converted["type"], converted["after"]
+        name, printed = converted["type"], converted["after"]
     elif kept:
-        name, text = record["old"], kept["size"]
+        name, printed = record["old"], kept["size"]
     else:
         raise EngineError(f"cannot read the engine's record of {record['name']}: {body[:120]!r}")
     kind = ggml.get(name, "ik")
-    row = row_size(kind.id, shape[0]) if row_size else kind.row_bytes(shape[0])
-    return DryTensor(
-        record["name"],
-        shape,
-        name,
-        converted is None,
-        int(row) * prod(shape[1:]),
-        float(text),
-        len(text.partition(".")[2]),
-    )
+    row_bytes = partial(row_size, kind.id) if row_size else kind.row_bytes
+    return read_tensor(record["name"], record["shape"], name, printed, row_bytes)
 
 
 @cache

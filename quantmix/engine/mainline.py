@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from quantmix.engine.dry_run import DryTensor, read_tensor
 from quantmix.engine.mainline_abi import FLOAT_FTYPES, FTYPES
 from quantmix.engine.mainline_ask import ask, child_environment, last_words
 from quantmix.engine.mainline_find import Mainline, find_mainline
@@ -37,35 +38,6 @@ _FALLBACK_LINE: Final = re.compile(r"warning: (?P<name>\S+)\s+- ncols\s+\d+ not 
 _TOTAL_LINE: Final = re.compile(r"quant size\s+=\s*([\d.]+) MiB \(\s*([\d.]+) BPW\)")
 # Buffers that hold the same thing on the host under several names.
 _HOST_BUFFERS: Final = ("CPU", "CUDA_Host", "ROCm_Host", "SYCL_Host", "Vulkan_Host", "CPU_Mapped")
-
-
-@dataclass(frozen=True, slots=True)
-class DryTensor:
-    """What the engine would do with one tensor.
-
-    Attributes:
-        shape: ggml order, row length first, trailing ones dropped.
-        source_type, type: before and after; equal when the tensor is left as it is.
-        bytes: rows × row size of `type`, by the engine's own block sizes where its library was
-            asked, else by quantmix's table.
-        printed_mib: the size that the engine printed, in MiB with `digits` decimals.
-        fell_back: the engine replaced the type asked for because the rows do not divide.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    source_type: str
-    type: str
-    bytes: int
-    printed_mib: float
-    digits: int
-    fell_back: bool
-
-    @property
-    def print_agrees(self) -> bool:
-        """Whether the printed size is `bytes`, within the rounding of the print."""
-        rounding = 0.5 * 10.0**-self.digits
-        return abs(self.bytes / MIB - self.printed_mib) <= rounding + 1e-9
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,8 +147,7 @@ def parse_dry_run(
     tensors: dict[str, DryTensor] = {}
     total = 0
     for match in _TENSOR_LINE.finditer(log):
-        tensor = _tensor(match, fallen, blocks)
-        tensors[tensor.name] = tensor
+        tensors[match["name"]] = _tensor(match, fallen, blocks)
         total = int(match["total"])
     end = _TOTAL_LINE.search(log)
     if end is None or not tensors or len(tensors) != total:
@@ -310,26 +281,15 @@ def _tensor(
     match: re.Match[str], fallen: set[str], blocks: Mapping[str, tuple[int, int]] | None
 ) -> DryTensor:
     """Read one line of the list."""
-    shape = tuple(int(n) for n in match["shape"].split(","))
-    while len(shape) > 1 and shape[-1] == 1:
-        shape = shape[:-1]
-    new = match["new"] or match["old"]
-    printed = match["after"] or match["before"]
+    name, new = match["name"], match["new"] or match["old"]
     known = types.get(new, "mainline")
     block, size = (known.block_size, known.type_size) if blocks is None else blocks[new]
-    n_elements = 1
-    for n in shape:
-        n_elements *= n
-    return DryTensor(
-        name=match["name"],
-        shape=shape,
-        source_type=match["old"],
-        type=new,
-        bytes=n_elements // block * size,
-        printed_mib=float(printed),
-        digits=len(printed.partition(".")[2]),
-        fell_back=match["name"] in fallen,
-    )
+
+    def row_bytes(ncols: int) -> int:
+        return ncols // block * size
+
+    printed = match["after"] or match["before"]
+    return read_tensor(name, match["shape"], new, printed, row_bytes, fell_back=name in fallen)
 
 
 def _compare_with_log(memory: EngineMemory, log: str) -> None:

@@ -165,8 +165,8 @@ def preflight(
 
 def require_same_tensors(recipe: Recipe, weights: WeightsFile) -> None:
     """Raise SourceMismatch unless the source has exactly the recipe's tensors and shapes."""
-    planned = {t.name: _trim(t.shape) for t in recipe.tensors}
-    have = {name: _trim(info.shape) for name, (info, _, _) in weights.tensors.items()}
+    planned = {t.name: types.drop_ones(t.shape) for t in recipe.tensors}
+    have = {name: types.drop_ones(info.shape) for name, (info, _, _) in weights.tensors.items()}
     if planned == have:
         return
     missing, extra = sorted(set(planned) - set(have)), sorted(set(have) - set(planned))
@@ -200,13 +200,6 @@ def _layout_of(names: dict[str, tuple[int, ...]]) -> str:
 def _but_mla(names: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     """Return the tensors that all MLA layouts of a model share."""
     return {n: shape for n, shape in names.items() if not _MLA_PART.search(n)}
-
-
-def _trim(shape: Sequence[int]) -> tuple[int, ...]:
-    dims = list(shape)
-    while len(dims) > 1 and dims[-1] == 1:
-        dims.pop()
-    return tuple(dims)
 
 
 def _require_float_source(recipe: Recipe, weights: WeightsFile) -> None:

@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from quantmix.ggml.header import Header, TensorInfo, read_header
 from quantmix.ggml.shards import merge, prefix_of, shard_paths
+from quantmix.ggml.types import drop_ones
 
 _NORM_BYTES: Final = 4 << 20  # norms hashed into a fingerprint
 _SAMPLES: Final = 64  # places of 64 KiB hashed into the fingerprint of the data
@@ -69,8 +70,8 @@ class WeightsFile:
         budget = _NORM_BYTES
         for name in sorted(self.tensors):
             info, path, offset = self.tensors[name]
-            digest.update(f"{name}{_trimmed(info.shape)}\n".encode())
-            if info.type.name == "f32" and len(_trimmed(info.shape)) == 1 and budget > 0:
+            digest.update(f"{name}{drop_ones(info.shape)}\n".encode())
+            if info.type.name == "f32" and len(drop_ones(info.shape)) == 1 and budget > 0:
                 budget -= info.n_bytes
                 digest.update(_read_at(path, offset, info.n_bytes))
         return digest.hexdigest()[:32]
@@ -105,13 +106,6 @@ def open_weights(path: str | Path) -> WeightsFile:
     headers = tuple(read_header(p) for p in paths)
     merge(headers, prefix_of(file.name))
     return WeightsFile(paths[0], tuple(zip(paths, headers, strict=True)))
-
-
-def _trimmed(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Drop trailing ones."""
-    while len(shape) > 1 and shape[-1] == 1:
-        shape = shape[:-1]
-    return shape
 
 
 def _read_at(path: Path, offset: int, count: int) -> bytes:

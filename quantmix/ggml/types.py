@@ -151,6 +151,14 @@ def get(name: str, engine: Engine = "ik") -> GgmlType:
     return known[name]
 
 
+def drop_ones(shape: Iterable[int]) -> tuple[int, ...]:
+    """Return a shape in ggml order without trailing ones; at least one dimension stays."""
+    dims = list(shape)
+    while len(dims) > 1 and dims[-1] == 1:
+        dims.pop()
+    return tuple(dims)
+
+
 def spelled(name: str, engine: Engine = "ik") -> str:
     """Return a type's name as the engine spells it when it is given in another case, else as is."""
     known = table(engine)

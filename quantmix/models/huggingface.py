@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from quantmix.errors import BadFile, UnknownName
+from quantmix.ggml.types import drop_ones
 from quantmix.models import hf_names
 from quantmix.models.arch import base, tensors_of
 from quantmix.models.catalog import CatalogEntry, find
@@ -191,9 +192,7 @@ def _unknown(config: Config, stored: Checkpoint, name: str, source: str) -> Mode
     h = _guess(config, dict(entries))
     has_output = any(n == "output.weight" for n, _ in entries)
     tensors = tuple(
-        base.as_tensor(
-            n, s, base.source_type(n, base.drop_ones(s), h, False), h, has_output=has_output
-        )
+        base.as_tensor(n, s, base.source_type(n, drop_ones(s), h, False), h, has_output=has_output)
         for n, s in entries
     )
     notes = [

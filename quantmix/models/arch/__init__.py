@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Final
 
 from quantmix.errors import UnknownName
+from quantmix.ggml.types import drop_ones
 from quantmix.models.arch import base, gemma, glm4moe, gpt_oss, hybrid, llama, mla
 from quantmix.models.arch.base import Entry
 from quantmix.models.model import HParams, Layout, Tensor
@@ -28,7 +29,7 @@ def tensors_of(h: HParams, arch: str, layout: Layout = "plain") -> tuple[Tensor,
     mxfp4 = arch in gpt_oss.ARCHS
     tensors = []
     for name, shape in _ENTRIES[arch](h, arch, layout):
-        dtype = base.source_type(name, base.drop_ones(shape), h, mxfp4)
+        dtype = base.source_type(name, drop_ones(shape), h, mxfp4)
         tensors.append(
             base.as_tensor(
                 name, shape, dtype, h, has_output=h.output_in_gguf, has_k_b=layout == "ik",

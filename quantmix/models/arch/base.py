@@ -15,6 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 
+from quantmix.ggml.types import drop_ones
 from quantmix.models.model import HParams, Tensor
 from quantmix.models.roles import is_quantizable, split_name
 
@@ -137,14 +138,6 @@ def mtp_block(h: HParams, i: int, body: Iterable[Entry]) -> Iterator[Entry]:
 def mtp_layers(h: HParams) -> range:
     """Block numbers of the MTP blocks that the file holds."""
     return range(h.n_layer, h.n_layer + (h.nextn_layers if h.nextn_in_gguf else 0))
-
-
-def drop_ones(shape: Iterable[int]) -> tuple[int, ...]:
-    """Return `shape` without trailing ones (at least one dimension stays)."""
-    dims = list(shape)
-    while len(dims) > 1 and dims[-1] == 1:
-        dims.pop()
-    return tuple(dims)
 
 
 def source_type(name: str, shape: tuple[int, ...], h: HParams, mxfp4_experts: bool) -> str:
