@@ -10,6 +10,7 @@ from typing import Any
 from quantmix import recipe as recipes
 from quantmix.clone import as_source, import_rules, planned
 from quantmix.errors import SourceMismatch, UsageError
+from quantmix.ggml.header import is_gguf
 from quantmix.ggml.types import Engine
 from quantmix.models.inspect import stored_type
 from quantmix.models.sources import load_model
@@ -109,7 +110,7 @@ def load_side(spec: str, *, model: str | None = None, engine: Engine = "ik") -> 
     if path.suffix == ".json" or (path / "recipe.json").is_file():
         found = recipes.load(path)
         return Side(found.name or spec, found.tensors)
-    if path.is_file() and not _is_gguf(path):
+    if path.is_file() and path.suffix != ".gguf" and not is_gguf(path):
         if model is None:
             raise UsageError(f"{spec} is a rules file: say which model it is for with --model")
         return Side(path.name, import_rules(path, load_model(model), engine).tensors)
@@ -180,7 +181,7 @@ def _sum(
 
 
 def _side_json(side: Side) -> dict[str, Any]:
-    n = sum(_elements(t) for t in side.tensors)
+    n = sum(t.n_elements for t in side.tensors)
     return {
         "label": side.label,
         "n_tensors": len(side.tensors),
@@ -199,17 +200,5 @@ def _line_json(line: Line) -> dict[str, Any]:
     }
 
 
-def _elements(t: PlannedTensor) -> int:
-    n = 1
-    for d in t.shape:
-        n *= d
-    return n
-
-
 def _shape(t: PlannedTensor) -> str:
     return "x".join(map(str, t.shape))
-
-
-def _is_gguf(path: Path) -> bool:
-    with path.open("rb") as f:
-        return f.read(4) == b"GGUF" or path.suffix == ".gguf"

@@ -28,6 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantmix.errors import BadFile, CheckFailed, EngineError, UsageError
+from quantmix.files import cache_folder
 
 Variant = Literal["dithered", "exact", "plain"]
 VARIANTS: Final[tuple[Variant, ...]] = ("dithered", "exact", "plain")
@@ -59,14 +60,6 @@ class DemoModel:
     variant: Variant
     weights_sha256: str
     n_bytes: int
-
-
-def cache_folder() -> Path:
-    """Return the folder of fetched and built files: `QUANTMIX_CACHE`, else ~/.cache/quantmix."""
-    root = os.environ.get("QUANTMIX_CACHE")
-    if root:
-        return Path(root)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "quantmix"
 
 
 def build(variant: Variant = "dithered", out: Path | None = None) -> DemoModel:

@@ -1,4 +1,4 @@
-"""Writing files so that nobody ever sees half of one: beside, fsync, rename."""
+"""Where files go, and how: whole or not at all (beside, fsync, rename)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,14 @@ import tempfile
 from pathlib import Path
 
 from quantmix.errors import UsageError
+
+
+def cache_folder() -> Path:
+    """Return the folder of fetched and built files: `QUANTMIX_CACHE`, else ~/.cache/quantmix."""
+    named = os.environ.get("QUANTMIX_CACHE")
+    if named:
+        return Path(named)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "quantmix"
 
 
 def write_bytes(path: str | Path, data: bytes) -> None:

@@ -11,13 +11,12 @@ from pathlib import Path
 from quantmix.assemble import size_of
 from quantmix.emit.parse_rules import resolve_rules
 from quantmix.errors import BadFile, UnknownName, UsageError
+from quantmix.ggml.header import is_gguf
 from quantmix.ggml.types import Engine, GgmlType, get, resolve
 from quantmix.loss import load as load_loss
 from quantmix.loss.model import LossModel
 from quantmix.models.model import Model, Tensor
 from quantmix.recipe import PlannedTensor, Quality, Size
-
-_GGUF_MAGIC = b"GGUF"
 
 
 @dataclass(frozen=True)
@@ -105,7 +104,7 @@ def read_mix(path: Path, model: Model, engine: Engine = "ik") -> dict[str, str]:
         if recipe.model.id != model.id and not same:
             raise UsageError(f"{path} is a recipe for {recipe.model.id}, not for {model.id}")
         types = {t.name: t.type for t in recipe.tensors}
-    elif _is_gguf(path):
+    elif _holds_gguf(path):
         from quantmix.models.sources import load_model
 
         types = {t.name: t.source_type for t in load_model(str(path)).tensors}
@@ -209,10 +208,9 @@ def _roles(
     return dict(sorted(roles.items(), key=lambda r: (-r[1]["damage"], -r[1]["bytes"], r[0])))
 
 
-def _is_gguf(path: Path) -> bool:
+def _holds_gguf(path: Path) -> bool:
     try:
-        with path.open("rb") as f:
-            return f.read(4) == _GGUF_MAGIC
+        return is_gguf(path)
     except OSError as err:
         raise BadFile(f"no recipe at {path}: {err.strerror}") from None
 

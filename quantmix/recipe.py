@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field, fields
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,11 @@ class PlannedTensor:
     bytes: int
     device: str
     damage: float
+
+    @property
+    def n_elements(self) -> int:
+        """Number of weights."""
+        return prod(self.shape)
 
 
 @dataclass(frozen=True)

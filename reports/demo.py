@@ -21,7 +21,7 @@ from quantmix.engine import binaries
 from quantmix.engine.imatrix import collect
 from quantmix.engine.quantize import preflight, quantize
 from quantmix.engine.weights import open_weights
-from quantmix.files import write_text
+from quantmix.files import cache_folder, write_text
 from quantmix.models.sources import load_model
 from quantmix.recipe import Recipe
 from quantmix.report import data, figures, pages
@@ -125,7 +125,7 @@ def verdicts(section: dict[str, Any]) -> list[dict[str, Any]]:
 def main() -> None:
     """Run, then write page, plot and rows."""
     parser = argparse.ArgumentParser(description="Measure the demo model, ours against stock.")
-    parser.add_argument("--work", type=Path, default=demo.cache_folder() / "sweep")
+    parser.add_argument("--work", type=Path, default=cache_folder() / "sweep")
     parser.add_argument("--into", type=Path, default=HERE)
     parser.add_argument("--presets", default=",".join(STOCK))
     parser.add_argument("--chunks", type=int, default=CHUNKS)

@@ -303,9 +303,10 @@ def _imatrix_for(order: _Order, engine: str) -> Path | None:
     The engine writes that path into the file: a temporary one would make two runs differ.
     """
     from quantmix.ggml import imatrix as imatrices
+    from quantmix.ggml.header import is_gguf
 
     named = order.option("imatrix")
-    if named is None or engine != "ik" or not imatrices.is_gguf(Path(named)):
+    if named is None or engine != "ik" or not is_gguf(Path(named)):
         return Path(named) if named else None
     stable = Path(order.payload["out"]) / FOLDER / f"{identity.of_file(Path(named))}.imatrix"
     if not stable.exists():

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import shlex
 from collections import defaultdict
+from math import expm1
 from typing import TYPE_CHECKING
 
 from quantmix.emit.rules import section_of
+from quantmix.ggml.types import FLOATS
 from quantmix.sources import CREDIT
 from quantmix.units import gib
 
@@ -54,9 +56,9 @@ def readme(recipe: Recipe) -> str:
 def quality_text(q: Quality) -> str:
     """Return predicted quality in words, never a bare number."""
     low, high = q.ln_ppl_ratio_low, q.ln_ppl_ratio_high
-    rise = f"PPL {100 * _rise(q.ln_ppl_ratio):+.2f}%"
+    rise = f"PPL {100 * expm1(q.ln_ppl_ratio):+.2f}%"
     if low is not None and high is not None:
-        rise += f" [{100 * _rise(low):+.2f}%, {100 * _rise(high):+.2f}%]"
+        rise += f" [{100 * expm1(low):+.2f}%, {100 * expm1(high):+.2f}%]"
     text = f"predicted {rise} at {q.interval:.0%}"
     if q.ppl is not None:
         text = (
@@ -71,7 +73,7 @@ def mix_rows(recipe: Recipe) -> list[tuple[str, str, int]]:
     by_role: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
     n_bytes: dict[str, int] = defaultdict(int)
     for t in recipe.tensors:
-        role = t.role if t.type not in ("f32", "f16", "bf16") else "kept as they are"
+        role = t.role if t.type not in FLOATS else "kept as they are"
         by_role[role][t.type] += 1
         n_bytes[role] += t.bytes
     rows = []
@@ -81,12 +83,6 @@ def mix_rows(recipe: Recipe) -> list[tuple[str, str, int]]:
         types = ", ".join(name if single else f"{name} ×{n}" for name, n in counts)
         rows.append((role, types, n_bytes[role]))
     return rows
-
-
-def _rise(ln_ratio: float) -> float:
-    from math import expm1
-
-    return expm1(ln_ratio)
 
 
 def _engine_name(recipe: Recipe) -> str:

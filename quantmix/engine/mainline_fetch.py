@@ -8,7 +8,6 @@ installation. npm checks its digest; it is unpacked by us.
 from __future__ import annotations
 
 import json
-import os
 import platform
 import shutil
 import subprocess
@@ -19,19 +18,11 @@ from pathlib import Path
 from typing import Final
 
 from quantmix.errors import EngineError, EngineMissing
+from quantmix.files import cache_folder
 
 VERSION: Final = "3.22.1"  # llama.cpp 0.5.0 (build 11434)
 _NPM_SECONDS: Final = 600
 _FOLDERS: Final = {"x86_64": "linux-x64", "aarch64": "linux-arm64"}
-
-
-def cache_folder() -> Path:
-    """Where quantmix keeps what it fetched: `QUANTMIX_CACHE`, else ~/.cache/quantmix (or XDG's)."""
-    named = os.environ.get("QUANTMIX_CACHE")
-    if named:
-        return Path(named)
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(base) / "quantmix"
 
 
 def platform_folder() -> str:

@@ -27,6 +27,7 @@ from quantmix.engine.weights import WeightsFile, open_weights
 from quantmix.errors import BadFile, CheckFailed, EngineMissing, SourceMismatch, UsageError
 from quantmix.ggml import imatrix as imatrices
 from quantmix.ggml import types
+from quantmix.ggml.header import is_gguf
 from quantmix.ggml.shards import prefix_of
 from quantmix.ggml.types import Engine
 from quantmix.recipe import Recipe
@@ -333,7 +334,7 @@ def _imatrix_file(plan: Plan, scratch: Path) -> Iterator[Path | None]:
     """Yield an imatrix file that the engine reads: ik wants the legacy format."""
     if plan.imatrix is None or plan.imatrix_path is None:
         yield None
-    elif plan.binary.engine == "ik" and imatrices.is_gguf(plan.imatrix_path):
+    elif plan.binary.engine == "ik" and is_gguf(plan.imatrix_path):
         converted = scratch / "imatrix.dat"
         imatrices.write_dat(plan.imatrix, converted)
         yield converted

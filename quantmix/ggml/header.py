@@ -142,6 +142,12 @@ class Header:
         raise BadFile(f"{self.name}: {key} is {shown}, no whole number")
 
 
+def is_gguf(path: str | Path) -> bool:
+    """Whether a file is a GGUF, by its first bytes."""
+    with Path(path).open("rb") as file:
+        return file.read(len(MAGIC)) == MAGIC
+
+
 def read_header(path: str | Path) -> Header:
     """Read the header of one local GGUF file (of one shard only, when it is split).
 

@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 from quantmix.errors import BadFile
 from quantmix.files import write_bytes
 from quantmix.ggml import types
-from quantmix.ggml.header import MAGIC, read_header
+from quantmix.ggml.header import DEFAULT_ALIGNMENT, MAGIC, read_header
 from quantmix.ggml.writer import NewTensor, encode_header, encode_metadata
+from quantmix.units import pad
 
 FloatArray = NDArray[np.float32]
 
@@ -84,12 +85,6 @@ def read(path: str | Path) -> Imatrix:
     return _read_gguf(file)
 
 
-def is_gguf(path: str | Path) -> bool:
-    """Whether a file is a GGUF, by its first bytes."""
-    with Path(path).open("rb") as f:
-        return f.read(4) == MAGIC
-
-
 def write_dat(imatrix: Imatrix, path: str | Path) -> list[str]:
     """Write the legacy format; return names of MoE entries left out for lack of data.
 
@@ -140,7 +135,7 @@ def write(imatrix: Imatrix, path: str | Path) -> list[str]:
 
 
 def _padded(raw: bytes) -> bytes:
-    return raw.ljust(-(-len(raw) // 32) * 32, b"\0")
+    return raw.ljust(pad(len(raw), DEFAULT_ALIGNMENT), b"\0")
 
 
 class _Cursor:

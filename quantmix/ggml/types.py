@@ -21,6 +21,8 @@ from quantmix.errors import UnknownName, UsageError
 
 Engine = Literal["ik", "mainline"]
 ImatrixNeed = Literal["no", "advised", "required", "asserted"]
+FLOATS: Final = frozenset({"f32", "f16", "bf16"})
+"""Types of weights, and of a KV cache, that nobody quantized."""
 ENGINES: Final[tuple[Engine, ...]] = ("ik", "mainline")
 
 # DESIGN §4.9: the interleaved types that have CUDA kernels and no better non-interleaved twin.

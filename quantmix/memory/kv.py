@@ -183,8 +183,8 @@ def _mla_cell(h: HParams, settings: Settings) -> int:
         return latent
     if settings.mla == 1:
         # The transposed half cannot be quantized; ik falls back to f16 (PR 206, log L021).
-        plain = settings.ctv in ("f16", "bf16", "f32")
-        return latent + _row(settings, settings.ctv if plain else "f16", h.kv_lora_rank)
+        plain = settings.ctv if settings.ctv in types.FLOATS else "f16"
+        return latent + _row(settings, plain, h.kv_lora_rank)
     # Builds differ on which of the two types that one cache takes: assume the larger.
     return max(latent, _row(settings, settings.ctv, width))
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantmix.emit.readme import mix_rows
 from quantmix.errors import BadFile, QuantmixError, UsageError
+from quantmix.ggml.types import FLOATS
 from quantmix.report.figures import bits
 from quantmix.units import GIB
 
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from quantmix.store import Measurement
 
 _MARGIN = 1.12  # how far the frontier is drawn beyond what is marked
-_FLOAT_TYPES = ("f32", "f16", "bf16")
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def compare_document(subject: Subject) -> dict[str, Any]:
     return {
         "kind": "compare",
         "section": section(subject),
-        "devices": [[_device(d) for d in r.to_json()["devices"]] for r in recipes],
+        "devices": [r.to_json()["devices"] for r in recipes],
         "differing": [sum(first.get(t.name) != t.type for t in r.tensors) for r in recipes],
         "roles": role_table(recipes),
         "maps": [type_runs(r) for r in recipes],
@@ -117,7 +117,7 @@ def damage_by_role(recipe: Recipe) -> list[dict[str, Any]]:
     n_bytes: dict[str, int] = defaultdict(int)
     types = {role: names for role, names, _ in mix_rows(recipe)}
     for t in recipe.tensors:
-        if t.type in _FLOAT_TYPES:
+        if t.type in FLOATS:
             continue
         damage[t.role] += t.damage
         n_bytes[t.role] += t.bytes
@@ -140,7 +140,7 @@ def type_runs(recipe: Recipe) -> list[dict[str, Any]]:
     """Return runs of layers with one type, role by role; tensors outside the blocks last."""
     by_role: dict[str, list[PlannedTensor]] = defaultdict(list)
     for t in recipe.tensors:
-        if t.type not in _FLOAT_TYPES:
+        if t.type not in FLOATS:
             by_role[t.role].append(t)
     runs: list[dict[str, Any]] = []
     inside = [r for r in by_role if by_role[r][0].layer is not None]
@@ -187,15 +187,15 @@ def composition(recipe: Recipe) -> dict[str, Any]:
 def role_table(recipes: Sequence[Recipe]) -> list[dict[str, Any]]:
     """Return per role the bits per weight, bytes, damage and types of every recipe."""
     order = dict.fromkeys(
-        t.role for r in recipes for t in r.tensors if t.type not in _FLOAT_TYPES
+        t.role for r in recipes for t in r.tensors if t.type not in FLOATS
     )  # fmt: skip
     rows = []
     for role in order:
         cells = []
         for recipe in recipes:
-            mine = [t for t in recipe.tensors if t.role == role and t.type not in _FLOAT_TYPES]
+            mine = [t for t in recipe.tensors if t.role == role and t.type not in FLOATS]
             n_bytes = sum(t.bytes for t in mine)
-            weights = sum(math.prod(t.shape) for t in mine)
+            weights = sum(t.n_elements for t in mine)
             counts: dict[str, int] = defaultdict(int)
             for t in mine:
                 counts[t.type] += 1
@@ -248,13 +248,10 @@ def find_recipes(folder: Path) -> list[Recipe]:
 
 
 def frontier_for(
-    model: Model,
-    recipes: Sequence[Recipe],
-    measured: Sequence[Measurement] = (),
-    n_points: int = 40,
+    model: Model, recipes: Sequence[Recipe], measured: Sequence[Measurement] = ()
 ) -> Frontier:
     """Return the frontier over the range that recipes, measurements and publications span."""
-    from quantmix.frontier import DEFAULT_POINTS, frontier, sweep
+    from quantmix.frontier import frontier, sweep
     from quantmix.loss.evidence import of_model
 
     settings = recipes[0].settings if recipes else None
@@ -267,7 +264,7 @@ def frontier_for(
     low = int(min(sizes, default=swept.smallest_bytes) / _MARGIN)
     high = int(max(sizes, default=swept.largest_bytes) * _MARGIN)
     low, high = min(low, swept.largest_bytes), max(high, swept.smallest_bytes)
-    return frontier(swept, low, high, n_points or DEFAULT_POINTS)
+    return frontier(swept, low, high)
 
 
 def _recipe_row(r: Recipe) -> dict[str, Any]:
@@ -285,10 +282,6 @@ def _recipe_row(r: Recipe) -> dict[str, Any]:
         "tensors_compared": check.get("tensors_compared"),
         "checked_by": check.get("engine"),
     }
-
-
-def _device(doc: Mapping[str, Any]) -> dict[str, Any]:
-    return dict(doc)
 
 
 def _bench(m: Measurement) -> dict[str, Any]:

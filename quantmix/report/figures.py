@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantmix.errors import UsageError
+from quantmix.ggml.types import FLOATS
 from quantmix.report.svg import Scale
 from quantmix.units import GIB, MIB
 
@@ -202,7 +203,7 @@ def role_grid(recipe: Recipe) -> tuple[list[str], list[list[float]], list[list[s
     Floats are left out, unless the recipe has nothing else: then its matrices are shown.
     """
     layered = [t for t in recipe.tensors if t.layer is not None]
-    blocks = [t for t in layered if not t.type.startswith("f")]
+    blocks = [t for t in layered if t.type not in FLOATS]
     blocks = blocks or [t for t in layered if len(t.shape) > 1]
     n_layers = max((t.layer or 0 for t in blocks), default=0) + 1
     roles = list(dict.fromkeys(t.role for t in blocks))
@@ -217,10 +218,7 @@ def role_grid(recipe: Recipe) -> tuple[list[str], list[list[float]], list[list[s
 
 def bits(tensor: PlannedTensor) -> float:
     """Return bits per weight of a planned tensor."""
-    n = 1
-    for size in tensor.shape:
-        n *= size
-    return 8 * tensor.bytes / n
+    return 8 * tensor.bytes / tensor.n_elements
 
 
 def _tidy(axes: Any) -> None:

@@ -195,7 +195,7 @@ def _load(
         cores=int(float(raw.get("cpu_cores") or 16)),
         isa=class_of("isa", raw["cpu"]),
         all_cores=(_number(raw, "threads") or 0) >= (_number(raw, "cpu_cores") or 1e9),
-        quantized_cache=raw.get("ctk", "") not in ("", "f16", "bf16", "f32"),
+        quantized_cache=raw.get("ctk", "") not in ("", *types.FLOATS),
         active_params=(cpu_bytes + gpu_bytes) * 8 / bits,
         cpu_params=cpu_params if mode != "gpu" else 0.0,
         ram_expert_bytes=(

