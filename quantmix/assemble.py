@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import quantmix
@@ -26,8 +27,10 @@ from quantmix.units import MIB, pad
 
 if TYPE_CHECKING:
     from quantmix.emit.flags import OffloadFlags
+    from quantmix.memory.model import DeviceMemory
     from quantmix.memory.settings import Settings
     from quantmix.models.model import Model
+    from quantmix.rig.device import Device
 
 UNKNOWN_HEADER_BYTES = 32 * MIB
 """What the header of a file may take when the source's was not read (CONTRACT §2, --size)."""
@@ -80,6 +83,29 @@ def assemble(
         },
         tensors=tensors,
     )
+
+
+def device_use(
+    device: Device, memory: DeviceMemory, weights: int, cpu_expert_bytes: int
+) -> DeviceUse:
+    """Return what a device holds; free is below zero where that is too much.
+
+    `cpu_expert_bytes` are those of the largest routed-expert tensor in RAM.
+    """
+    use = DeviceUse(
+        name=device.name,
+        kind=device.kind,
+        capacity_bytes=device.capacity_bytes,
+        weights_bytes=weights,
+        derived_bytes=memory.derived_bytes,
+        kv_bytes=memory.kv_bytes,
+        compute_bytes=memory.compute_bytes(cpu_expert_bytes),
+        reserve_bytes=memory.reserve_bytes,
+        free_bytes=None,
+    )
+    if device.capacity_bytes is None:
+        return use
+    return replace(use, free_bytes=device.capacity_bytes - use.used_bytes)
 
 
 def types_table(tensors: Sequence[PlannedTensor], model: Model) -> dict[str, dict[str, int]]:

@@ -12,15 +12,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from quantmix.assemble import assemble, header_allowance
+from quantmix.assemble import assemble, device_use, header_allowance
 from quantmix.budget import Budget
 from quantmix.emit.flags import offload
 from quantmix.emit.simulate import planned
 from quantmix.errors import CheckFailed, InfeasibleBudget, UsageError
-from quantmix.ggml.types import GgmlType
 from quantmix.loss.model import LossModel
 from quantmix.memory.head import EMBEDDING
-from quantmix.memory.model import HOST, DeviceMemory, Placement
+from quantmix.memory.model import HOST, Placement
 from quantmix.models.model import Model
 from quantmix.mtp import with_mtp
 from quantmix.palette import Palette, TypeLimits, build, require_types
@@ -32,7 +31,7 @@ from quantmix.recipe import (
     Recipe,
     Speed,
 )
-from quantmix.rig.device import Device, Rig
+from quantmix.rig.device import Rig
 from quantmix.search.base import Goals
 from quantmix.search.filesize import plan_in_file
 from quantmix.search.planner import Plan, Shortage, plan_on_rig, price_per_gib
@@ -161,8 +160,8 @@ def _for_rig(
         from quantmix.feasible import explain
 
         raise InfeasibleBudget(explain(model, budget, options, palette, plan))
-    mix = _mix(palette, plan.columns)
-    devices = _devices(model, rig, plan, _tensor_bytes(palette, plan.columns))
+    mix = palette.mix(plan.columns)
+    devices = _devices(model, rig, plan, palette.sizes(plan.columns))
     speed = times.predict(plan, mix)
     return _assemble(
         model,
@@ -245,8 +244,8 @@ def _assemble(
 ) -> Design:
     """Write down the answer as a recipe."""
     settings = budget.settings
-    mix = _mix(palette, answer.columns)
-    sizes = _tensor_bytes(palette, answer.columns)
+    mix = palette.mix(answer.columns)
+    sizes = palette.sizes(answer.columns)
     tensors = _planned(model, budget.rig, palette, answer, sizes)
     quality = loss.quality(model, mix)
     quality = replace(quality, damage=float(sum(t.damage for t in tensors)))
@@ -298,19 +297,6 @@ def _require_same_homes(
             raise CheckFailed(f"{t.name} was counted on {t.device}, the flags put it on {device}")
 
 
-def _mix(palette: Palette, columns: NDArray[np.int64]) -> list[GgmlType | None]:
-    return [None if c < 0 else palette.types[c] for c in columns]
-
-
-def _tensor_bytes(palette: Palette, columns: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return the bytes of every tensor in the file."""
-    rows = np.arange(len(columns))
-    sizes: NDArray[np.int64] = np.where(
-        columns < 0, palette.kept_bytes, palette.bytes[rows, np.maximum(columns, 0)]
-    )
-    return sizes
-
-
 def _planned(
     model: Model, rig: Rig | None, palette: Palette, answer: _Answer, sizes: NDArray[np.int64]
 ) -> tuple[PlannedTensor, ...]:
@@ -347,30 +333,11 @@ def _devices(model: Model, rig: Rig, plan: Plan, sizes: NDArray[np.int64]) -> tu
             weights += sum(
                 int(n) for t, n in zip(model.tensors, sizes, strict=True) if t.name == EMBEDDING
             )
-        uses.append(_device_use(device, memory, weights, plan.cpu_expert_bytes))
+        use = device_use(device, memory, weights, plan.cpu_expert_bytes)
+        over = -(use.free_bytes or 0)
+        assert over <= 0, f"{device.name} is over capacity by {over} bytes: the bound was no bound"
+        uses.append(use)
     return tuple(uses)
-
-
-def _device_use(
-    device: Device, memory: DeviceMemory, weights: int, cpu_expert_bytes: int
-) -> DeviceUse:
-    compute = memory.compute_bytes(cpu_expert_bytes)
-    use = DeviceUse(
-        name=device.name,
-        kind=device.kind,
-        capacity_bytes=device.capacity_bytes,
-        weights_bytes=weights,
-        derived_bytes=memory.derived_bytes,
-        kv_bytes=memory.kv_bytes,
-        compute_bytes=compute,
-        reserve_bytes=memory.reserve_bytes,
-        free_bytes=None,
-    )
-    if device.capacity_bytes is None:
-        return use
-    free = device.capacity_bytes - use.used_bytes
-    assert free >= 0, f"{device.name} is over capacity by {-free} bytes: the bound was no bound"
-    return replace(use, free_bytes=free)
 
 
 def _optimality(answer: _Answer, objective: float) -> Optimality:

@@ -14,15 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from quantmix.assemble import header_allowance
 from quantmix.errors import InfeasibleBudget, UsageError
 from quantmix.ggml.header import DEFAULT_ALIGNMENT
-from quantmix.ggml.types import GgmlType
 from quantmix.loss.evidence import Published, of_model
 from quantmix.loss.model import LossModel
 from quantmix.memory.head import is_tied
+from quantmix.memory.kv import n_blocks
 from quantmix.memory.model import Placement
 from quantmix.memory.plan import device_memory
 from quantmix.memory.settings import Settings
@@ -152,20 +151,12 @@ class Sweep:
             return None
         return self._point(choice, step, self.hull.bound(tensor_bytes))
 
-    def mix(self, choice: IntArray) -> list[GgmlType | None]:
-        """Return the type of every tensor, None where it stays as in the source."""
-        columns, _ = self.choices.mix(choice)
-        return [None if c < 0 else self.palette.types[c] for c in columns]
-
     def _point(self, choice: IntArray, step: int, bound: float) -> Point:
         columns, _ = self.choices.mix(choice)
-        rows = np.arange(len(columns))
-        sizes: NDArray[np.int64] = np.where(
-            columns < 0, self.palette.kept_bytes, self.palette.bytes[rows, np.maximum(columns, 0)]
-        )
+        sizes = self.palette.sizes(columns)
         types: dict[str, int] = defaultdict(int)
         padded = sum(pad(int(n), DEFAULT_ALIGNMENT) for n in sizes)
-        mix = self.mix(choice)
+        mix = self.palette.mix(columns)
         vram = self.fixed_bytes
         tied = is_tied(self.model)
         for t, qtype, n in zip(self.model.tensors, mix, sizes, strict=True):
@@ -313,12 +304,11 @@ def parse_bound(text: str | None, flag: str, model: Model) -> int | None:
 
 def _fixed_bytes(model: Model, settings: Settings) -> int:
     """Return what one device holds besides weights: cache, tensors built at load, buffers."""
+    from quantmix.budget import ANY_VRAM_BYTES
     from quantmix.rig.rigs import ideal_rig
 
-    n_blocks = model.hparams.n_layer
-    n_blocks = max([n_blocks, *(t.layer + 1 for t in model.tensors if t.layer is not None)])
-    rig = ideal_rig(1 << 50)
-    return device_memory(model, settings, rig, Placement((0,) * n_blocks, 0))[0].fixed_bytes(0)
+    rig, everything = ideal_rig(ANY_VRAM_BYTES), Placement((0,) * n_blocks(model), 0)
+    return device_memory(model, settings, rig, everything)[0].fixed_bytes()
 
 
 def _published(swept: Sweep) -> tuple[tuple[Mark, ...], tuple[str, ...]]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Final
 
+from quantmix.assemble import device_use
 from quantmix.emit.flags import OffloadFlags, offload
 from quantmix.emit.lint import ranges, wrong_devices
 from quantmix.emit.simulate import is_expert, planned
@@ -147,15 +148,13 @@ def device_uses(
     """
     where = where or planned(file.model, placement, rig, mtp=settings.mtp)
     memory = device_memory(file.model, settings, rig, placement, visible=visible)
+    weights, largest = (
+        _weights_by_device(file, rig, memory, where),
+        _largest_ram_expert(file, where),
+    )
     return tuple(
-        _use(device.name, device.kind, device.capacity_bytes, here, weights, spare)
-        for device, here, weights, spare in zip(
-            rig.devices,
-            memory,
-            _weights_by_device(file, rig, memory, where),
-            [_largest_ram_expert(file, where)] * len(rig.devices),
-            strict=True,
-        )
+        device_use(device, here, n_bytes, largest)
+        for device, here, n_bytes in zip(rig.devices, memory, weights, strict=True)
     )
 
 
@@ -408,26 +407,3 @@ def _largest_ram_expert(file: StoredModel, where: dict[str, str]) -> int:
         if is_expert(t) and where.get(t.name) == "CPU"
     ]
     return max(found, default=0)
-
-
-def _use(
-    name: str,
-    kind: str,
-    capacity: int | None,
-    memory: DeviceMemory,
-    weights: int,
-    ram_expert: int,
-) -> DeviceUse:
-    compute = memory.compute_bytes(ram_expert)
-    used = weights + memory.kv_bytes + memory.derived_bytes + memory.reserve_bytes + compute
-    return DeviceUse(
-        name=name,
-        kind=kind,
-        capacity_bytes=capacity,
-        weights_bytes=weights,
-        derived_bytes=memory.derived_bytes,
-        kv_bytes=memory.kv_bytes,
-        compute_bytes=compute,
-        reserve_bytes=memory.reserve_bytes,
-        free_bytes=None if capacity is None else capacity - used,
-    )

@@ -62,9 +62,17 @@ class Palette:
     constraints: tuple[str, ...]
     fallbacks: tuple[str, ...]
 
-    def column(self, name: str) -> int:
-        """Return the column of a type."""
-        return next(i for i, t in enumerate(self.types) if t.name == name)
+    def mix(self, columns: NDArray[np.int64]) -> list[GgmlType | None]:
+        """Return the type of every tensor by its column, None (-1) where it stays as it is."""
+        return [None if c < 0 else self.types[c] for c in columns]
+
+    def sizes(self, columns: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the bytes of every tensor in the file, (T,)."""
+        rows = np.arange(len(columns))
+        sizes: NDArray[np.int64] = np.where(
+            columns < 0, self.kept_bytes, self.bytes[rows, np.maximum(columns, 0)]
+        )
+        return sizes
 
 
 def build(model: Model, loss: LossModel, engine: Engine, limits: TypeLimits) -> Palette:
@@ -301,11 +309,9 @@ def _guard(model: Model, columns: Sequence[GgmlType], allowed: NDArray[np.bool_]
     said = []
     if model.hparams.is_moe:
         for i, t in enumerate(model.tensors):
-            if not allowed[i].any() or not t.loaded or t.active_fraction < 1.0 - 1e-9:
-                if t.role != "token_embd":
-                    continue
-                if not allowed[i].any():
-                    continue
+            always = t.role == "token_embd" or (t.loaded and t.active_fraction >= 1.0 - 1e-9)
+            if not always or not allowed[i].any():
+                continue
             high = allowed[i] & (bpw >= GUARD_BPW)
             allowed[i] = high if high.any() else allowed[i] & (bpw == bpw[allowed[i]].max())
         said.append(f"guard: tensors read for every token at >= {GUARD_BPW:g} bpw")

@@ -208,7 +208,7 @@ def test_an_engine_that_fails_on_a_recipe_names_other_ways(
     def failed(*_: object) -> None:
         raise EngineError("llama-quantize --dry-run ended with -6: GGML_ASSERT")
 
-    monkeypatch.setattr(request, "_checked", failed)
+    monkeypatch.setattr("quantmix.engine.ghost.DryCheck.check", failed)
     asked = request.Request("qwen3-0.6b", vram="9G", out=tmp_path)
     with pytest.raises(EngineError, match=r"GGML_ASSERT: .* qwen3, use --engine mainline; --no-ch"):
         request.fulfil(asked)
