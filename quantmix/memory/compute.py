@@ -35,7 +35,7 @@ IK_F16_MASK: Final = "2025-10-13"  # ik_llama.cpp PR 825
 IK_COPY_THRESHOLD: Final = "2025-05-12"  # PR 405: 32·experts/used instead of 32
 IK_MLA_IN_GROUPS: Final = "2026-01-31"  # PR 1211: K and V of all heads no longer held
 _MIN_MLA_PREFILL_UBATCH: Final = 128
-_COPY_MIN_BATCH: Final = 32
+_COPY_MIN_BATCH: Final = 32  # GGML_CUDA_MIN_BATCH_OFFLOAD
 _SOFTCAPPED: Final = frozenset(("gemma2", "gemma4", "grok"))  # a second copy of the logits lives
 
 
@@ -79,16 +79,21 @@ class _Sizes:
     f: int
 
 
-def copies_experts(model: Model, settings: Settings) -> bool:
-    """Whether prompt processing copies RAM-resident experts to the first GPU at this ubatch.
+def copied_from(engine: str, build: str, experts: int, experts_used: int) -> int:
+    """Least tokens at once for which experts in RAM are copied to a GPU (engines' op-offload).
 
-    ik since PR 405 wants 32·experts/used tokens; mainline and older ik 32 (engines' op-offload).
+    32; ik since PR 405 wants 32 per expert on average.
     """
+    if engine == "ik" and build >= IK_COPY_THRESHOLD and experts_used:
+        return -(-_COPY_MIN_BATCH * experts // experts_used)
+    return _COPY_MIN_BATCH
+
+
+def copies_experts(model: Model, settings: Settings) -> bool:
+    """Whether prompt processing copies RAM-resident experts to the first GPU at this ubatch."""
     h = model.hparams
-    threshold: float = _COPY_MIN_BATCH
-    if settings.engine == "ik" and settings.build >= IK_COPY_THRESHOLD and h.n_expert_used:
-        threshold = _COPY_MIN_BATCH * h.n_expert / h.n_expert_used
-    return h.is_moe and min(settings.ubatch, n_cells(settings)) >= threshold
+    least = copied_from(settings.engine, settings.build, h.n_expert, h.n_expert_used)
+    return h.is_moe and min(settings.ubatch, n_cells(settings)) >= least
 
 
 def regimes(

@@ -21,6 +21,8 @@ from typing import Final
 from quantmix.errors import UsageError
 from quantmix.ggml import types
 from quantmix.memory.settings import Settings
+from quantmix.models.arch.base import mtp_layers
+from quantmix.models.arch.mla import indexer_layers
 from quantmix.models.model import HParams, Model
 from quantmix.units import pad
 
@@ -59,8 +61,7 @@ def kv_bytes(model: Model, settings: Settings) -> tuple[int, ...]:
 
 def n_blocks(model: Model) -> int:
     """Number of blocks in the file: trunk layers plus the MTP blocks it holds."""
-    h = model.hparams
-    return h.n_layer + (h.nextn_layers if h.nextn_in_gguf else 0)
+    return mtp_layers(model.hparams).stop
 
 
 def n_cells(settings: Settings) -> int:
@@ -99,26 +100,6 @@ def swa_layers(h: HParams) -> tuple[bool, ...]:
         raise UsageError(f"sliding-window pattern {h.swa_pattern!r} is not understood")
     step = int(match.group(1))
     return tuple((i + 1) % step != 0 for i in range(h.n_layer))
-
-
-def indexer_layers(h: HParams) -> frozenset[int]:
-    """Blocks that hold a DSA indexer: `all`, or ranges with a step such as `0-2,6-78:4`.
-
-    Raises:
-        UsageError: the text is neither.
-    """
-    if not h.indexer_head_dim or not h.indexer_layers:
-        return frozenset()
-    if h.indexer_layers == "all":
-        return frozenset(range(h.n_layer + h.nextn_layers))
-    found: set[int] = set()
-    for part in h.indexer_layers.split(","):
-        match = re.fullmatch(r"\s*(\d+)(?:-(\d+)(?::(\d+))?)?\s*", part)
-        if match is None:
-            raise UsageError(f"indexer layers {h.indexer_layers!r}: {part!r} is not a range")
-        first, last, step = match.groups()
-        found.update(range(int(first), int(last or first) + 1, int(step or 1)))
-    return frozenset(found)
 
 
 def recurrent_state_bytes(h: HParams) -> int:

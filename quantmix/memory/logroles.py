@@ -15,7 +15,7 @@ from quantmix.ggml import types as ggml
 from quantmix.memory.compute import DeviceRole
 from quantmix.memory.kv import kv_bytes
 from quantmix.memory.logs import LogCase, LoggedDevice
-from quantmix.memory.plan import is_moe_layer
+from quantmix.models.arch.base import is_moe_layer
 from quantmix.models.model import HParams
 from quantmix.units import GIB, MIB
 

@@ -13,7 +13,8 @@ from quantmix.memory.head import held_twice
 from quantmix.memory.margins import safe
 from quantmix.memory.model import HOST, DeviceMemory, Placement, Regime
 from quantmix.memory.settings import Settings
-from quantmix.models.model import HParams, Model
+from quantmix.models.arch.base import is_moe_layer
+from quantmix.models.model import Model
 from quantmix.rig.device import Device, Rig
 from quantmix.units import GIB, MIB
 
@@ -73,12 +74,6 @@ def device_memory(
         duplicate_embedding=held_twice(model, settings, placement, HOST),
     )
     return (*gpus, host)
-
-
-def is_moe_layer(h: HParams, layer: int) -> bool:
-    """Whether a block has routed experts."""
-    step = max(1, h.moe_layer_step)
-    return h.is_moe and layer >= h.n_dense_lead and (layer + 1) % step == 0
 
 
 def derived_bytes(model: Model, settings: Settings, derived_type: str = "q8_0") -> tuple[int, ...]:

@@ -12,10 +12,10 @@ from typing import Any, Final
 import numpy as np
 
 from quantmix.speed.constants import constants
+from quantmix.speed.fit import SHORT, calibrated
 from quantmix.speed.logs import Row, read_logs
 from quantmix.speed.roofline import prompt_seconds, token_seconds
 
-_SHORT: Final = 1000  # n_kv below which a row is about weights
 _DIFFERENT: Final = 1.05
 
 
@@ -65,10 +65,10 @@ def run(logs: str | Path | None = None) -> dict[str, Any]:
 
 
 def _bands(judged: Sequence[tuple[Row, float]], half: float) -> list[dict[str, Any]]:
-    short = [(r, p) for r, p in judged if r.n_kv < _SHORT]
+    short = [(r, p) for r, p in judged if r.n_kv < SHORT]
     parts = {m: [(r, p) for r, p in short if r.mode == m] for m in ("cpu", "hybrid", "gpu")}
     parts["all"] = short
-    parts["long"] = [(r, p) for r, p in judged if r.n_kv >= _SHORT]
+    parts["long"] = [(r, p) for r, p in judged if r.n_kv >= SHORT]
     return [{"band": name, **_figures(part, half)} for name, part in parts.items()]
 
 
@@ -97,7 +97,7 @@ def _pairs(judged: Sequence[tuple[Row, float]]) -> dict[str, Any]:
     """
     firsts: dict[str, tuple[Row, float]] = {}
     for row, tps in judged:
-        if row.n_kv < _SHORT:
+        if row.n_kv < SHORT:
             firsts.setdefault(row.case, (row, tps))
     rigs: dict[str, list[tuple[Row, float]]] = defaultdict(list)
     for row, tps in firsts.values():
@@ -120,16 +120,8 @@ def _pairs(judged: Sequence[tuple[Row, float]]) -> dict[str, Any]:
 
 def _calibrated(judged: Sequence[tuple[Row, float]]) -> dict[str, Any]:
     """Error when each rig is scaled by the median of its other cases, at n_kv < 1000."""
-    rigs: dict[str, list[tuple[str, float]]] = defaultdict(list)
-    for row, tps in judged:
-        if row.n_kv < _SHORT:
-            rigs[row.rig].append((row.case, log(tps / (row.tg_tps or 1))))
-    errors = [
-        abs(exp(d - float(np.median(others))) - 1)
-        for members in rigs.values()
-        for case, d in members
-        if (others := [x for c, x in members if c != case])
-    ]
+    short = [(r, log(tps / (r.tg_tps or 1))) for r, tps in judged if r.n_kv < SHORT]
+    errors = [abs(exp(d) - 1) for d in calibrated(short)]
     if not errors:
         return {"n": 0}
     return {
@@ -146,7 +138,7 @@ def _prompt(rows: Sequence[Row]) -> dict[str, Any]:
         row.ubatch / seconds / row.pp_tps
         for row in rows
         if row.pp_tps
-        and row.n_kv < _SHORT
+        and row.n_kv < SHORT
         and (seconds := prompt_seconds(row.load, row.ubatch, known, uploads_from=row.uploads_from))
     ]
     if not ratios:

@@ -13,9 +13,10 @@ from typing import Final, cast
 from quantmix.emit.cmdline import split_overrides
 from quantmix.errors import BadFile, UnknownName
 from quantmix.ggml import types
+from quantmix.memory.compute import copied_from
 from quantmix.rig.cards import Card, find_card
 from quantmix.speed.constants import class_of
-from quantmix.speed.roofline import Kind, Load, Reader, slow_family, upload_from
+from quantmix.speed.roofline import Kind, Load, Reader, slow_family
 
 _NEEDED: Final = ("case_id", "mode", "model", "quant_label", "cpu", "gpus", "n_kv", "tg_tps")
 _ITEM: Final = re.compile(r"^\s*(?:(\d+)\s*x\s*)?(.+?)\s*$")
@@ -255,7 +256,7 @@ def _uploads_from(raw: dict[str, str], qtype: types.GgmlType | None, load: Load)
         return None
     date = re.search(r"\d{4}-\d{2}(-\d{2})?", raw.get("author_date", ""))
     engine = "ik" if raw.get("engine", "ik").startswith("ik") else "mainline"
-    return upload_from(engine, date.group(0) if date else "", load.experts, load.experts_used)
+    return copied_from(engine, date.group(0) if date else "", load.experts, load.experts_used)
 
 
 def _shares(ts: str, cards: list[Card]) -> list[float]:

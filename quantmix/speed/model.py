@@ -21,6 +21,7 @@ from quantmix.errors import UsageError
 from quantmix.ggml.types import FLOATS, GgmlType
 from quantmix.ggml.types import get as get_type
 from quantmix.memory import kv
+from quantmix.memory.compute import copied_from
 from quantmix.memory.head import EMBEDDING, is_tied, multiplied_at
 from quantmix.memory.model import HOST, Placement
 from quantmix.memory.settings import Settings
@@ -36,7 +37,6 @@ from quantmix.speed.roofline import (
     efficiency,
     prompt_seconds,
     slow_family,
-    upload_from,
 )
 
 FloatArray = NDArray[np.float64]
@@ -325,7 +325,7 @@ def _prompt_tps(
         experts=h.n_expert,
         experts_used=h.n_expert_used,
     )
-    start = upload_from(settings.engine, settings.build, h.n_expert, h.n_expert_used)
+    start = copied_from(settings.engine, settings.build, h.n_expert, h.n_expert_used)
     seconds = prompt_seconds(
         load, settings.ubatch, constants(), uploads_from=start if uploads else None
     )

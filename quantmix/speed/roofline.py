@@ -26,8 +26,6 @@ _GB: Final = 1e9
 _MS: Final = 1e-3
 _ROWS_HALF_GPU: Final = 12.0  # rows per expert at which a GPU reaches half its rate
 _ROWS_HALF_CPU: Final = 10.0
-IK_UPLOADS_BIG: Final = "2025-05-12"
-_UPLOAD_ROWS: Final = 32  # GGML_CUDA_MIN_BATCH_OFFLOAD
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,22 +116,12 @@ def token_seconds(load: Load, constants: Constants) -> float:
     return t
 
 
-def upload_from(engine: str, build: str, experts: int, experts_used: int) -> int:
-    """Smallest ubatch at which an engine copies experts from RAM to the GPU for a prompt.
-
-    32 rows; ik since 2025-05-12 (PR 405) asks for 32 rows per expert on average.
-    """
-    if engine == "ik" and build >= IK_UPLOADS_BIG and experts_used:
-        return -(-_UPLOAD_ROWS * experts // experts_used)
-    return _UPLOAD_ROWS
-
-
 def prompt_seconds(
     load: Load, ubatch: int, constants: Constants, *, uploads_from: int | None
 ) -> float | None:
     """Seconds for one ubatch of a prompt, None when a GPU's int8 rate is unknown.
 
-    `uploads_from`: see `upload_from`; None when the types in RAM have no CUDA kernel.
+    `uploads_from`: as `memory.compute.copied_from`; None when types in RAM have no CUDA kernel.
     """
     share = load.experts_used / load.experts if load.experts else 1.0
     rows = ubatch * share

@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from quantmix.errors import UsageError
 from quantmix.memory.kv import (
     attention_layers,
-    indexer_layers,
     kv_bytes,
     n_cells,
     recurrent_state_bytes,
     swa_layers,
 )
 from quantmix.memory.settings import Settings
+from quantmix.models.arch.mla import indexer_layers
 from quantmix.models.model import HParams, Model
 from quantmix.units import MIB
 
@@ -162,11 +162,9 @@ def test_mtp_block_is_cached_when_it_runs_or_when_the_build_is_old() -> None:
 
 
 def test_unreadable_patterns_are_refused() -> None:
-    """A window or indexer pattern that nobody can read is an error, not a guess."""
+    """A window pattern that nobody can read is an error, not a guess."""
     with pytest.raises(UsageError, match="pattern"):
         swa_layers(replace(GPT_OSS_20B, swa_pattern="sometimes"))
-    with pytest.raises(UsageError, match="range"):
-        indexer_layers(replace(R1, indexer_head_dim=128, indexer_layers="0-2,x"))
 
 
 def test_a_row_that_does_not_divide_is_refused(r1: Model) -> None:

@@ -13,9 +13,9 @@ from quantmix.memory.plan import (
     device_memory,
     gpu_reserve_bytes,
     host_reserve_bytes,
-    is_moe_layer,
 )
 from quantmix.memory.settings import Settings
+from quantmix.models.arch.base import is_moe_layer
 from quantmix.models.model import Model, Tensor
 from quantmix.rig.device import Device, Rig
 from quantmix.units import GIB, MIB

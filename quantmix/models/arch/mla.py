@@ -33,10 +33,10 @@ def indexer_layers(h: HParams) -> frozenset[int]:
 
     `indexer_layers` is `all`, or ranges with an optional step: `0-2,6-78:4`.
     """
-    if not h.indexer_n_head:
+    if not h.indexer_n_head or not h.indexer_layers:
         return frozenset()
     n_blocks = base.mtp_layers(h).stop
-    if h.indexer_layers in ("", "all"):
+    if h.indexer_layers == "all":
         return frozenset(range(n_blocks))
     layers: set[int] = set()
     for part in h.indexer_layers.split(","):
