@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
 from quantmix.batch.state import State
 from quantmix.errors import BadFile, QuantmixError
-from quantmix.ggml.shards import shard_names
+from quantmix.ggml.shards import numbers_of, shard_names
 
 _WHOLE_BYTES: Final = 64 << 20  # files up to this size are hashed in full
 _SAMPLES: Final = 64
 _SAMPLE_BYTES: Final = 64 << 10
-_SHARD: Final = re.compile(r"^(.*)-\d{5}-of-(\d{5})\.gguf$")
 _CHECKPOINT: Final = ("*.gguf", "*.safetensors", "*.safetensors.index.json", "config.json")
 
 
@@ -76,10 +74,11 @@ def model_files(path: Path) -> list[Path]:
         return sorted({f for pattern in _CHECKPOINT for f in path.glob(pattern)})
     if not path.is_file():
         return []
-    shard = _SHARD.match(path.name)
+    shard = numbers_of(path.name)
     if not shard:
         return [path]
-    names = shard_names(shard[1], int(shard[2]))
+    prefix, _, count = shard
+    names = shard_names(prefix, count)
     return [file for name in names if (file := path.parent / name).is_file()]
 
 

@@ -30,6 +30,7 @@ from quantmix.ggml import imatrix as imatrices
 from quantmix.ggml import types
 from quantmix.ggml.imatrix import Imatrix
 from quantmix.ggml.types import GgmlType
+from quantmix.models.trained import decode_floats
 
 Floats = NDArray[np.float32]
 
@@ -223,12 +224,8 @@ class Swapper:
 
 def _decode_float(raw: NDArray[np.uint8], kind: GgmlType, name: str) -> Floats:
     """Return f32, f16 or bf16 bytes as float32."""
-    if kind.name == "f32":
-        return raw.view(np.float32)
-    if kind.name == "f16":
-        return raw.view(np.float16).astype(np.float32)
-    if kind.name == "bf16":
-        return (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-    raise UsageError(
-        f"{name} of the source is {kind.name}: measure on an unquantized (f16, bf16, f32) GGUF"
-    )
+    if kind.name not in types.FLOATS:
+        raise UsageError(
+            f"{name} of the source is {kind.name}: measure on an unquantized (f16, bf16, f32) GGUF"
+        )
+    return decode_floats(raw, kind.name)

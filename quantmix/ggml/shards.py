@@ -15,7 +15,7 @@ from quantmix.errors import BadFile
 from quantmix.ggml.header import Header, TensorInfo, read_header
 from quantmix.ggml.writer import NewTensor, copy_metadata, encode_header
 
-_SHARD: Final = re.compile(r"^(?P<prefix>.+)-(?P<no>\d{5})-of-(?P<count>\d{5})\.gguf$")
+_SHARD: Final = re.compile(r"^(.+)-(\d{5})-of-(\d{5})\.gguf$")
 _SIDE_FILES: Final = ("mmproj", "mtp-")  # vision projectors and separate MTP blocks
 
 
@@ -58,10 +58,16 @@ def read_set(path: str | Path) -> GgufSet:
     return merge(headers, prefix_of(file.name))
 
 
+def numbers_of(file_name: str) -> tuple[str, int, int] | None:
+    """Return prefix, number (from 1) and count in the name of a shard, None for another name."""
+    match = _SHARD.match(file_name)
+    return (match[1], int(match[2]), int(match[3])) if match else None
+
+
 def prefix_of(file_name: str) -> str:
     """Return a file name without shard number and `.gguf`."""
-    match = _SHARD.match(file_name)
-    return match.group("prefix") if match else file_name.removesuffix(".gguf")
+    shard = numbers_of(file_name)
+    return shard[0] if shard else file_name.removesuffix(".gguf")
 
 
 def shard_paths(file: Path) -> list[Path]:
@@ -70,13 +76,13 @@ def shard_paths(file: Path) -> list[Path]:
     Raises:
         BadFile: the number in the name is impossible, or shards are missing.
     """
-    match = _SHARD.match(file.name)
-    if match is None:
+    shard = numbers_of(file.name)
+    if shard is None:
         return [file]
-    no, count = int(match.group("no")), int(match.group("count"))
+    prefix, no, count = shard
     if not 1 <= no <= count:
         raise BadFile(f"{file}: shard {no} of {count} cannot be: rename the file as it was made")
-    names = shard_names(match.group("prefix"), count)
+    names = shard_names(prefix, count)
     try:
         there = {p.name for p in file.parent.iterdir()}
     except OSError as err:

@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from quantmix.errors import BadFile
 from quantmix.ggml.header import Header, parse
-from quantmix.ggml.shards import GgufSet, merge, prefix_of, shard_names
+from quantmix.ggml.shards import GgufSet, merge, numbers_of, prefix_of, shard_names
 
 TIMEOUT_SECONDS: Final = 20.0
 ATTEMPTS: Final = 3
@@ -25,7 +25,6 @@ MAX_SHARDS: Final = 2000
 _FIRST: Final = 1 << 20
 _RANGE: Final = re.compile(r"^bytes (\d+)-(\d+)/(\d+|\*)$")
 _RETRIED: Final = frozenset({408, 425, 429, 500, 502, 503, 504})
-_URL_SHARD: Final = re.compile(r"^(.+)-(\d{5})-of-(\d{5})\.gguf$")
 
 
 def read_url(
@@ -60,13 +59,13 @@ def shard_urls(url: str) -> list[str]:
     if parts.scheme not in ("http", "https") or not parts.netloc:
         raise BadFile(f"{url!r} is not an http(s) URL of a GGUF file")
     folder, slash, name = parts.path.rpartition("/")
-    match = _URL_SHARD.match(name)
-    if match is None:
+    shard = numbers_of(name)
+    if shard is None:
         return [url]
-    no, count = int(match.group(2)), int(match.group(3))
+    prefix, no, count = shard
     if not 1 <= no <= count <= MAX_SHARDS:
         raise BadFile(f"{url}: shard {no} of {count} cannot be (at most {MAX_SHARDS} are read)")
-    names = shard_names(match.group(1), count)
+    names = shard_names(prefix, count)
     return [urllib.parse.urlunsplit(parts._replace(path=folder + slash + n)) for n in names]
 
 

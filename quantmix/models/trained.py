@@ -129,13 +129,15 @@ def _samples(data: StoredData) -> list[NDArray[np.float32]]:
             for start in dict.fromkeys((0, n // 2 // _GROUP * _GROUP)):
                 f.seek(offset + start * size)
                 raw = np.frombuffer(f.read(min(take, n - start) * size), np.uint8)
-                out.append(_floats(raw[: len(raw) // (size * _GROUP) * size * _GROUP], info))
+                whole = raw[: len(raw) // (size * _GROUP) * size * _GROUP]
+                out.append(decode_floats(whole, info.type.name))
     except OSError:
         return []
     return out
 
 
-def _floats(raw: NDArray[np.uint8], info: TensorInfo) -> NDArray[np.float32]:
-    if info.type.name == "bf16":
+def decode_floats(raw: NDArray[np.uint8], kind: str) -> NDArray[np.float32]:
+    """Return f32, f16 or bf16 bytes as float32, shape (n,)."""
+    if kind == "bf16":
         return (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-    return raw.view(np.float16 if info.type.name == "f16" else np.float32).astype(np.float32)
+    return raw.view(np.float16 if kind == "f16" else np.float32).astype(np.float32, copy=False)

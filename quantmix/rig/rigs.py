@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from quantmix.errors import BadFile, QuantmixError, UnknownName, UsageError
-from quantmix.rig.cards import Card, cards, find_card, usable_of_size
+from quantmix.rig.cards import Card, cards, find_card, sold_sizes, usable_of_size
 from quantmix.rig.device import Device, Rig
 from quantmix.units import GIB, parse_memory, parse_size
 
@@ -160,8 +160,7 @@ def real_cards_for(total_bytes: int) -> tuple[RealCards, ...]:
     their marketing size (at most 8; only sizes that divide it, if any does), what those really
     offer, and what is then missing.
     """
-    sizes = sorted({c.memory_gib for c in _gpu_cards() if c.memory_gib}, reverse=True)
-    counts = [(size, ceil(total_bytes / (size * GIB))) for size in sizes]
+    counts = [(size, ceil(total_bytes / (size * GIB))) for size in reversed(sold_sizes())]
     few = [(size, n) for size, n in counts if n <= _MAX_REAL_CARDS]
     exact = [(size, n) for size, n in few if n * size * GIB == total_bytes]
     return tuple(_real(total_bytes, size, n) for size, n in exact or few)
@@ -169,7 +168,7 @@ def real_cards_for(total_bytes: int) -> tuple[RealCards, ...]:
 
 def _real(total_bytes: int, size: int, count: int) -> RealCards:
     """`count` cards of `size` GiB, by name when only one card of the table has that size."""
-    same = [c for c in _gpu_cards() if c.memory_gib == size]
+    same = [c for c in cards().values() if c.kind == "gpu" and c.memory_gib == size]
     usable = count * usable_of_size(size)
     return RealCards(
         count=count,
@@ -178,10 +177,6 @@ def _real(total_bytes: int, size: int, count: int) -> RealCards:
         shortfall_bytes=max(0, total_bytes - usable),
         gpus=f"{count}x{same[0].key}" if len(same) == 1 else f"{count}x{size}G",
     )
-
-
-def _gpu_cards() -> list[Card]:
-    return [c for c in cards().values() if c.kind == "gpu"]
 
 
 def _tidy(text: str) -> str:
