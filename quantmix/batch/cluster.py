@@ -17,6 +17,7 @@ from typing import Any, Final
 import quantmix
 from quantmix.batch.executor import Message
 from quantmix.batch.stepprocess import StepProcess
+from quantmix.batch.steps import failed
 from quantmix.errors import EngineError, EngineMissing, UsageError
 
 _RETRIES: Final = 3
@@ -30,10 +31,10 @@ def run_on_worker(payload: Mapping[str, Any]) -> dict[str, Any]:
     """Do one step on a worker of the cluster, in a step process that stays for the next one."""
     mine = quantmix.__version__
     if mine != payload["version"]:
-        return _refusal(f"a worker has quantmix {mine}, the batch {payload['version']}")
+        return failed(f"a worker has quantmix {mine}, the batch {payload['version']}", 4)
     folder = payload["folder"]
     if not Path(folder).is_dir():
-        return _refusal(f"a worker does not see {folder}: share it under the same path")
+        return failed(f"a worker does not see {folder}: share it under the same path", 4)
     attempt = uuid.uuid4().hex[:8]
     own = {**payload, "stage": f"{payload['stage']}-{attempt}"}
     own["stage_in_out"] = f"{payload['stage_in_out']}-{attempt}"
@@ -44,10 +45,6 @@ def run_on_worker(payload: Mapping[str, Any]) -> dict[str, Any]:
     with _idle_lock:
         _idle[folder].append(process)
     return outcome
-
-
-def _refusal(why: str) -> dict[str, Any]:
-    return {"ok": False, "message": why, "code": 4, "lasting": False, "seconds": 0.0}
 
 
 class DaskExecutor:
@@ -137,5 +134,5 @@ class DaskExecutor:
         try:
             outcome = future.result()
         except Exception as err:
-            outcome = _refusal(f"the cluster lost the step: {type(err).__name__}: {err}")
+            outcome = failed(f"the cluster lost the step: {type(err).__name__}: {err}", 4)
         self.messages.put(Message(token, outcome=outcome))

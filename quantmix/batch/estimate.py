@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Final
 
 from quantmix.batch.items import Item, Judged
-from quantmix.batch.pipeline import Step
+from quantmix.batch.pipeline import STEPS, Step
 from quantmix.batch.state import State
 
 _BYTES_PER_TOKEN: Final = 4.0
@@ -69,7 +69,7 @@ def pace(items: Sequence[Item], state: State, folder: Path) -> dict[str, float]:
     """Return step → seconds per unit, from finished steps of these items where there are any."""
     rates = dict(table())
     by_name = {item.name: item for item in items}
-    for step in ("design", "check", "quantize", "verify", "report"):
+    for step in STEPS:
         known = [(s, units(by_name[r], step, folder)) for s, r in state.pace(step) if r in by_name]
         work = sum(u for _, u in known)
         if work > 0:

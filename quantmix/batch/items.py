@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,7 +12,9 @@ import quantmix
 from quantmix import budget_flags
 from quantmix.batch import identity
 from quantmix.batch.pipeline import Job, Pipeline, Step
-from quantmix.batch.state import Done, State
+from quantmix.batch.publish import STAGE
+from quantmix.batch.state import FOLDER, Done, State
+from quantmix.design import slug
 from quantmix.errors import QuantmixError, UsageError
 from quantmix.request import Request, budget_of
 
@@ -168,8 +171,6 @@ def _name(model_id: str, request: Request, label: str) -> str:
 
 
 def _slug(text: str) -> str:
-    from quantmix.design import slug
-
     return slug(text.replace("--", "").strip("./"))
 
 
@@ -179,11 +180,7 @@ def _named_apart(pipeline: Pipeline, items: Sequence[Item]) -> tuple[Item, ...]:
     Raises:
         UsageError: two are still the same.
     """
-    from dataclasses import replace
-
-    count: dict[str, int] = {}
-    for item in items:
-        count[item.name] = count.get(item.name, 0) + 1
+    count = Counter(item.name for item in items)
     result: dict[str, Item] = {}
     for item in items:
         name = item.name
@@ -323,9 +320,6 @@ def _parts(
 
 def payload_of(item: Item, step: Step, key: str, pipeline: Pipeline) -> dict[str, Any]:
     """Return all that a step needs to know, as JSON; paths relative to the pipeline's folder."""
-    from quantmix.batch.publish import STAGE
-    from quantmix.batch.state import FOLDER
-
     job = item.job
     request = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(item.request).items()}
     stage = f"{STAGE}/{item.name}.{step}"

@@ -15,7 +15,8 @@ import fcntl
 import json
 import os
 import sqlite3
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -201,11 +202,10 @@ class State:
 
     def rewritten(self, recipe: str, step: str, outputs: Mapping[str, str]) -> None:
         """Record that files of a finished step were rewritten or removed by a later one."""
-        with self._transaction():
-            self._run(
-                "UPDATE step SET outputs = ? WHERE recipe = ? AND step = ?",
-                (_text(outputs), recipe, step),
-            )
+        self._run(
+            "UPDATE step SET outputs = ? WHERE recipe = ? AND step = ?",
+            (_text(outputs), recipe, step),
+        )
 
     def events(self) -> list[tuple[str, str, str, str]]:
         """Return all (recipe, step, key, what), oldest first."""
@@ -245,7 +245,7 @@ class State:
     def remember_digest(self, path: Path, digest: str) -> None:
         """Store the digest of a file as it is now."""
         stat = path.stat()
-        self._write(
+        self._run(
             "INSERT OR REPLACE INTO digest VALUES (?, ?, ?, ?)",
             (str(path.absolute()), stat.st_size, stat.st_mtime_ns, digest),
         )
@@ -256,7 +256,7 @@ class State:
         if row is not None:
             return json.loads(row[0])
         made = make()
-        self._write("INSERT OR REPLACE INTO fact VALUES (?, ?)", (name, _text(made)))
+        self._run("INSERT OR REPLACE INTO fact VALUES (?, ?)", (name, _text(made)))
         return made
 
     # -- SQLite -----------------------------------------------------------------------------
@@ -302,19 +302,25 @@ class State:
 
     def _event(self, recipe: str, step: str, key: str, what: str) -> None:
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
-        self._write(
+        self._run(
             "INSERT INTO event (time, recipe, step, key, what) VALUES (?, ?, ?, ?, ?)",
             (now, recipe, step, key, what),
         )
 
-    def _transaction(self) -> _Transaction:
-        return _Transaction(self)
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        """All or nothing."""
+        self._run("BEGIN IMMEDIATE")
+        try:
+            yield
+        except BaseException:
+            self._run("ROLLBACK")
+            raise
+        self._run("COMMIT")
 
     def _run(self, sql: str, values: tuple[Any, ...] = ()) -> sqlite3.Cursor:
         done: sqlite3.Cursor = self._guarded(lambda: self._db.execute(sql, values))
         return done
-
-    _write = _run
 
     def _one(self, sql: str, values: tuple[Any, ...]) -> tuple[Any, ...] | None:
         row: tuple[Any, ...] | None = self._run(sql, values).fetchone()
@@ -328,19 +334,6 @@ class State:
             return work()
         except sqlite3.Error as err:
             raise BadFile(f"the batch state {self.path} cannot be used: {err}") from err
-
-
-class _Transaction:
-    """All or nothing."""
-
-    def __init__(self, state: State) -> None:
-        self._state = state
-
-    def __enter__(self) -> None:
-        self._state._run("BEGIN IMMEDIATE")
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        self._state._run("COMMIT" if kind is None else "ROLLBACK")
 
 
 def _text(value: Any) -> str:

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Final, TextIO
 
-from quantmix.batch.steps import Emit, Workshop, perform
+from quantmix.batch.steps import Emit, Workshop, failed, perform
 
 _PR_SET_PDEATHSIG: Final = 1
 _STOP_SECONDS: Final = 10.0
@@ -40,7 +40,7 @@ class StepProcess:
         started = time.perf_counter()
         child = self._child
         if self._stopped:
-            return _died("was stopped", payload, started)
+            return failed("the process of the step was stopped", 4)
         if child is None or child.poll() is not None:
             child = self._child = self._start()
         assert child.stdin is not None
@@ -58,7 +58,7 @@ class StepProcess:
             pass
         code = child.wait()
         how = f"died of {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
-        return _died(how, payload, started)
+        return failed(f"the process of the step {how}", 4, started)
 
     def stop(self) -> None:
         """End the child and whatever it runs."""
@@ -84,17 +84,6 @@ class StepProcess:
             cwd=self._folder,
             env=environment,
         )
-
-
-def _died(how: str, payload: Mapping[str, Any], started: float) -> dict[str, Any]:
-    """Return the outcome of a step whose process ended before it."""
-    return {
-        "ok": False,
-        "message": f"the process of the step {how}",
-        "code": 4,
-        "lasting": False,
-        "seconds": time.perf_counter() - started,
-    }
 
 
 def main() -> int:
@@ -141,13 +130,7 @@ def _answer(payload: Mapping[str, Any], workshop: Workshop, answers: TextIO) -> 
             raise
         except Exception as err:
             traceback.print_exc()
-            outcome = {
-                "ok": False,
-                "message": f"a bug in quantmix: {err!r}",
-                "code": 1,
-                "lasting": False,
-                "seconds": time.perf_counter() - started,
-            }
+            outcome = failed(f"a bug in quantmix: {err!r}", 1, started)
         print(json.dumps(outcome), flush=True)
     send({"outcome": outcome})
 

@@ -110,13 +110,8 @@ def perform(payload: Mapping[str, Any], workshop: Workshop, emit: Emit) -> dict[
         }
         _sync(stage)
     except (QuantmixError, OSError) as err:
-        return {
-            "ok": False,
-            "message": str(err),
-            "code": err.exit_code if isinstance(err, QuantmixError) else 2,
-            "lasting": isinstance(err, _LASTING),
-            "seconds": time.perf_counter() - started,
-        }
+        code = err.exit_code if isinstance(err, QuantmixError) else 2
+        return failed(str(err), code, started, lasting=isinstance(err, _LASTING))
     return {
         "ok": True,
         "result": dict(made.result),
@@ -124,6 +119,14 @@ def perform(payload: Mapping[str, Any], workshop: Workshop, emit: Emit) -> dict[
         "outputs": files,
         "seconds": time.perf_counter() - started,
     }
+
+
+def failed(
+    message: str, code: int, started: float | None = None, *, lasting: bool = False
+) -> dict[str, Any]:
+    """Return the outcome of a step that failed; `started` is its `perf_counter`, if it began."""
+    seconds = 0.0 if started is None else time.perf_counter() - started
+    return {"ok": False, "message": message, "code": code, "lasting": lasting, "seconds": seconds}
 
 
 @dataclass(frozen=True, slots=True)
