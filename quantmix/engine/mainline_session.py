@@ -15,11 +15,17 @@ import numpy as np
 from quantmix.engine import mainline_abi as abi
 from quantmix.engine.mainline_child import load
 from quantmix.engine.mainline_find import Mainline, find_mainline
-from quantmix.engine.session import Logits, Tokens, default_threads
-from quantmix.errors import BadFile, EngineError, UsageError
+from quantmix.engine.session import (
+    BatchBuffers,
+    Logits,
+    Tokens,
+    cut,
+    default_threads,
+    logits_at,
+    sequences,
+)
+from quantmix.errors import BadFile, EngineError
 
-# Logits of one decode stay below this; at least one sequence is always decoded.
-_LOGITS_BYTES: Final = 256 << 20
 _MAX_UBATCH: Final = 512
 _MMAP: Final = 1  # enum llama_load_mode
 
@@ -76,8 +82,8 @@ class MainlineSession:
         self._model: int | None = self._load(path)
         self._vocab = self._lib.llama_model_get_vocab(self._model)
         self.n_vocab: int = self._lib.llama_vocab_n_tokens(self._vocab)
-        fits = max(1, _LOGITS_BYTES // (4 * self.n_vocab * (n_ctx // 2)))
-        self.n_seq = max(1, min(n_seq, fits))
+        self.n_seq = sequences(n_seq, n_ctx, self.n_vocab)
+        self._buffers = BatchBuffers(self.n_seq, n_ctx)
         self._context = self._open(threads or default_threads())
 
     def _load(self, path: Path) -> int:
@@ -140,17 +146,9 @@ class MainlineSession:
         Raises:
             UsageError: fewer than 2·n_ctx tokens, as the engines demand.
         """
-        if len(tokens) < 2 * self.n_ctx:
-            raise UsageError(
-                f"the text has {len(tokens)} tokens, perplexity at n_ctx {self.n_ctx} needs at "
-                f"least {2 * self.n_ctx}: use a longer text or a smaller --ctx"
-            )
-        n = len(tokens) // self.n_ctx
-        n = min(n, limit) if limit else n
-        table = tokens[: n * self.n_ctx].reshape(n, self.n_ctx).copy()
-        if self._lib.llama_vocab_get_add_bos(self._vocab):
-            table[:, 0] = self._lib.llama_vocab_bos(self._vocab)
-        return table
+        adds = self._lib.llama_vocab_get_add_bos(self._vocab)
+        bos = self._lib.llama_vocab_bos(self._vocab) if adds else None
+        return cut(tokens, self.n_ctx, limit, bos)
 
     def logits(self, chunks: Tokens, first: int, last: int) -> Logits:
         """Run chunks [n ≤ n_seq, n_ctx]; return logits of positions first..last-1.
@@ -161,34 +159,16 @@ class MainlineSession:
         Raises:
             EngineError: the decode failed.
         """
-        n, length = chunks.shape
+        n = len(chunks)
         self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), True)
-        token = np.ascontiguousarray(chunks, np.int32).reshape(-1)
-        position = np.tile(np.arange(length, dtype=np.int32), n)
-        sequence = np.repeat(np.arange(n, dtype=np.int32), length)
-        counts = np.ones(token.size, np.int32)
-        step = sequence.itemsize
-        pointers = sequence.ctypes.data + step * np.arange(token.size, dtype=np.uint64)
-        wanted = np.zeros((n, length), np.int8)
-        wanted[:, first:last] = 1
-        batch = Batch(n_tokens=token.size)
-        for name, array in (
-            ("token", token),
-            ("pos", position),
-            ("n_seq_id", counts),
-            ("seq_id", pointers),
-            ("logits", wanted),
-        ):
-            setattr(batch, name, array.ctypes.data)
+        batch = self._buffers.fill(Batch(), chunks, first, last)
         status = self._lib.llama_decode(self._context, batch)
         if status:
             raise EngineError(f"mainline's llama_decode failed with status {status}")
         if last <= first:
             return np.empty((n, 0, self.n_vocab), np.float32)
         address = self._lib.llama_get_logits(self._context)
-        rows = n * (last - first)
-        flat = np.ctypeslib.as_array((c.c_float * (rows * self.n_vocab)).from_address(address))
-        return flat.reshape(n, last - first, self.n_vocab)
+        return logits_at(address, n, last - first, self.n_vocab)
 
 
 def _typed(lib: c.CDLL) -> Any:

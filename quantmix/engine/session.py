@@ -6,7 +6,7 @@ import ctypes as C
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,11 +17,43 @@ from quantmix.errors import BadFile, EngineError, UsageError
 Tokens = NDArray[np.int32]
 Logits = NDArray[np.float32]
 OnNode = Callable[[int, bool], bool]
+B = TypeVar("B", bound=Any)  # the llama_batch of an engine
 
 _F16 = 1  # ggml type id of the default KV cache
 
 # Logits of one decode stay below this; at least one sequence is always decoded.
 _LOGITS_BYTES = 256 << 20
+
+
+def sequences(wanted: int, n_ctx: int, n_vocab: int) -> int:
+    """Return how many of `wanted` chunks one decode takes: their logits stay below 256 MiB."""
+    fits = max(1, _LOGITS_BYTES // (4 * n_vocab * (n_ctx // 2)))
+    return max(1, min(wanted, fits))
+
+
+def cut(tokens: Tokens, n_ctx: int, limit: int | None, bos: int | None) -> Tokens:
+    """Return whole chunks, int32 [n_chunk, n_ctx], the first token of each replaced by `bos`.
+
+    Raises:
+        UsageError: fewer than 2·n_ctx tokens, as the engines demand.
+    """
+    if len(tokens) < 2 * n_ctx:
+        raise UsageError(
+            f"the text has {len(tokens)} tokens, perplexity at n_ctx {n_ctx} needs at "
+            f"least {2 * n_ctx}: use a longer text or a smaller --ctx"
+        )
+    n = len(tokens) // n_ctx
+    n = min(n, limit) if limit else n
+    table = tokens[: n * n_ctx].reshape(n, n_ctx).copy()
+    if bos is not None:
+        table[:, 0] = bos
+    return table
+
+
+def logits_at(address: int, n: int, rows: int, n_vocab: int) -> Logits:
+    """Return a view [n, rows, n_vocab] of the engine's own buffer."""
+    flat = np.ctypeslib.as_array((C.c_float * (n * rows * n_vocab)).from_address(address))
+    return flat.reshape(n, rows, n_vocab)
 
 
 def default_threads() -> int:
@@ -68,11 +100,10 @@ class Session:
         if not self._model:
             raise BadFile(f"the engine cannot load {path}: truncated, malformed or not a model")
         self.n_vocab: int = self._lib.llama_n_vocab(self._model)
-        fits = max(1, _LOGITS_BYTES // (4 * self.n_vocab * (n_ctx // 2)))
-        self.n_seq = max(1, min(n_seq, fits))
+        self.n_seq = sequences(n_seq, n_ctx, self.n_vocab)
         self._reuse = reuse
         self._threads = threads or default_threads()
-        self._buffers = _BatchBuffers(self.n_seq, n_ctx)
+        self._buffers = BatchBuffers(self.n_seq, n_ctx)
         self._open_context(on_node, fused)
 
     def _open_context(self, on_node: OnNode | None, fused: bool) -> None:
@@ -166,17 +197,9 @@ class Session:
         Raises:
             UsageError: fewer than 2·n_ctx tokens, as the engines demand.
         """
-        if len(tokens) < 2 * self.n_ctx:
-            raise UsageError(
-                f"the text has {len(tokens)} tokens, perplexity at n_ctx {self.n_ctx} needs at "
-                f"least {2 * self.n_ctx}: use a longer text or a smaller --ctx"
-            )
-        n = len(tokens) // self.n_ctx
-        n = min(n, limit) if limit else n
-        table = tokens[: n * self.n_ctx].reshape(n, self.n_ctx).copy()
-        if self._lib.llama_add_bos_token(self._model) == 1:
-            table[:, 0] = self._lib.llama_token_bos(self._model)
-        return table
+        adds = self._lib.llama_add_bos_token(self._model) == 1
+        bos = self._lib.llama_token_bos(self._model) if adds else None
+        return cut(tokens, self.n_ctx, limit, bos)
 
     def logits(self, chunks: Tokens, first: int, last: int) -> Logits:
         """Run chunks [n ≤ n_seq, n_ctx]; return logits of positions first..last-1.
@@ -189,20 +212,18 @@ class Session:
         """
         n = len(chunks)
         self._lib.llama_kv_cache_clear(self._ctx)
-        batch = self._buffers.batch(chunks, first, last)
+        batch = self._buffers.fill(native.Batch(), chunks, first, last)
         status = self._lib.llama_decode(self._ctx, batch)
         if status:
             raise EngineError(f"llama_decode failed with status {status}")
         if last <= first:
             return np.empty((n, 0, self.n_vocab), np.float32)
         address = self._lib.llama_get_logits(self._ctx)
-        rows = n * (last - first)
-        flat = np.ctypeslib.as_array((C.c_float * (rows * self.n_vocab)).from_address(address))
-        return flat.reshape(n, last - first, self.n_vocab)
+        return logits_at(address, n, last - first, self.n_vocab)
 
 
-class _BatchBuffers:
-    """Arrays that a llama_batch points into, made once per context."""
+class BatchBuffers:
+    """Arrays that a llama_batch of either engine points into, made once per context."""
 
     def __init__(self, n_seq: int, n_ctx: int) -> None:
         self.token = np.zeros(n_seq * n_ctx, np.int32)
@@ -213,13 +234,13 @@ class _BatchBuffers:
         self.seq_id = base + step * np.arange(n_seq * n_ctx, dtype=np.uint64)
         self.output = np.zeros((n_seq, n_ctx), np.int8)
 
-    def batch(self, chunks: Tokens, first: int, last: int) -> native.Batch:
-        """Fill in chunks [n, n_ctx] with logits wanted at first..last-1."""
+    def fill(self, batch: B, chunks: Tokens, first: int, last: int) -> B:
+        """Point a batch to chunks [n, n_ctx] with logits wanted at first..last-1."""
         n_tokens = chunks.size
         self.token[:n_tokens] = chunks.reshape(-1)
         self.output[:] = 0
         self.output[:, first:last] = 1
-        made = native.Batch(n_tokens=n_tokens)
+        batch.n_tokens = n_tokens
         for name, array in (
             ("token", self.token),
             ("pos", self.pos),
@@ -227,5 +248,5 @@ class _BatchBuffers:
             ("seq_id", self.seq_id),
             ("logits", self.output),
         ):
-            setattr(made, name, array.ctypes.data)
-        return made
+            setattr(batch, name, array.ctypes.data)
+        return batch
