@@ -10,6 +10,7 @@ published files lack that entry and pay for it (DESIGN §6).
 from __future__ import annotations
 
 import ctypes as C
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from quantmix.engine.weights import open_weights
 from quantmix.errors import EngineError
 from quantmix.ggml import imatrix as files
 from quantmix.ggml.imatrix import Entry, Imatrix
+from quantmix.models.roles import is_quantizable
 
 _F32 = 0  # ggml type id
 _MIN_ROWS = 16  # as llama-imatrix: smaller batches are not worth counting
@@ -83,8 +85,6 @@ def collect(
 
 def task(request: dict[str, Any], emit: Emit) -> dict[str, Any]:
     """Child task of `collect`."""
-    import time
-
     started = time.perf_counter()
     corpus = read_corpus(request["corpus"])
     weights = open_weights(request["model"])
@@ -105,7 +105,7 @@ def task(request: dict[str, Any], emit: Emit) -> dict[str, Any]:
             emit({"chunk": i + 1, "of": len(chunks)})
     made = collector.result(corpus.path.name, len(chunks), n_ctx)
     left_out = files.write(made, request["out"])
-    matrices = {n for n, (i, _, _) in weights.tensors.items() if _is_matrix(n, i.shape)}
+    matrices = {n for n, (i, _, _) in weights.tensors.items() if is_quantizable(n, i.shape)}
     covered = {n for n in matrices if files.lookup(made, n)}
     if "output.weight" in covered:  # an untied embedding is looked up, never multiplied
         covered.add("token_embd.weight")
@@ -116,12 +116,6 @@ def task(request: dict[str, Any], emit: Emit) -> dict[str, Any]:
         "without": sorted(matrices - covered),
         "seconds": time.perf_counter() - started,
     }
-
-
-def _is_matrix(name: str, shape: tuple[int, ...]) -> bool:
-    from quantmix.models.roles import is_quantizable
-
-    return is_quantizable(name, shape)
 
 
 @dataclass

@@ -136,7 +136,7 @@ def _read_info(path: Path) -> tuple[BaseInfo, int]:
     try:
         with path.open("rb") as file:
             magic, length = struct.unpack("<8sI", file.read(12).ljust(12, b"\0"))
-            if magic == b"_logits_" or magic[:8] == b"_logits_":
+            if magic == b"_logits_":
                 raise BadFile(f"{path} is a llama-perplexity base file, not one of quantmix")
             if magic != _MAGIC or length > 1 << 16:
                 raise BadFile(f"{path} is not a base log-probability file of quantmix")

@@ -16,11 +16,12 @@ from __future__ import annotations
 import ctypes as c
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from quantmix.engine import mainline_abi as abi
-from quantmix.errors import QuantmixError
+from quantmix.errors import QuantmixError, UnknownName
 
 _FAILED = 3  # the engine refused; its log says why
 
@@ -57,19 +58,12 @@ def _quantize(lib: c.CDLL, request: dict[str, Any]) -> int:
         print("error: this libllama exports no llama_model_quantize", file=sys.stderr)
         return _FAILED
     params = abi.defaults(lib, "llama_model_quantize_default_params", layout)
-    ids = {name: i for i, (name, *_) in enumerate(type_facts(lib))}
-    rules = request["rules"]
-    overrides = (abi.TensorOverride * (len(rules) + 1))()
-    for slot, (pattern, type_name) in zip(overrides, rules, strict=False):
-        if type_name not in ids:
-            print(f"error: this libllama has no type {type_name}", file=sys.stderr)
-            return _FAILED
-        slot.pattern, slot.type = pattern.encode(), ids[type_name]
+    rules = overrides(lib, request["rules"])
     params.ftype = request["ftype"]
     params.nthread = 1
     params.dry_run = True
     params.allow_requantize = True
-    params.tt_overrides = c.addressof(overrides) if rules else None
+    params.tt_overrides = c.addressof(rules) if request["rules"] else None
     # Presets ask whether there is a matrix, a dry run never what is in it.
     value = c.c_float(1.0)
     matrix = (abi.ImatrixData * 2)(abi.ImatrixData(b"none", c.addressof(value), 1))
@@ -81,6 +75,21 @@ def _quantize(lib: c.CDLL, request: dict[str, Any]) -> int:
     print(json.dumps([[name, block, size] for name, block, size in type_facts(lib)]))
     status = call(request["ghost"].encode(), b"nothing-is-written.gguf", c.byref(params))
     return 0 if status == 0 else _FAILED
+
+
+def overrides(lib: c.CDLL, rules: Sequence[Sequence[str]]) -> Any:
+    """Return rules (pattern, type) as the engine takes them; types in any case, as its program.
+
+    Raises:
+        UnknownName: a type that this library does not have.
+    """
+    ids = {name.lower(): i for i, (name, *_) in enumerate(type_facts(lib))}
+    made = (abi.TensorOverride * (len(rules) + 1))()
+    for slot, (pattern, type_name) in zip(made, rules, strict=False):
+        if type_name.lower() not in ids:
+            raise UnknownName.of("mainline type", type_name, ids)
+        slot.pattern, slot.type = pattern.encode().lower(), ids[type_name.lower()]
+    return made
 
 
 def _memory(lib: c.CDLL, request: dict[str, Any]) -> int:

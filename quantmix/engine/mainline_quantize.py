@@ -15,17 +15,16 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from quantmix.engine import mainline_abi as abi
-from quantmix.engine.mainline_child import load, type_facts
+from quantmix.engine.mainline_child import load, overrides
 from quantmix.engine.mainline_find import find_mainline
 from quantmix.errors import EngineError, QuantmixError, UnknownName, UsageError
 from quantmix.ggml import imatrix as imatrices
-from quantmix.ggml.types import table
 
 _INT, _STR = 0, 3  # enum llama_model_kv_override_type
 _STRING_BYTES: Final = 128
@@ -76,9 +75,9 @@ def quantize(
     params.nthread = threads
     params.ftype = abi.FTYPES[ftype]
     params.allow_requantize = allow_requantize
-    overrides = _overrides(lib, rules)
+    forced = overrides(lib, rules)
     if rules:
-        params.tt_overrides = c.addressof(overrides)
+        params.tt_overrides = c.addressof(forced)
     matrix = _Imatrix(imatrix) if imatrix else None
     if matrix:
         params.imatrix, params.kv_overrides = matrix.addresses
@@ -118,17 +117,6 @@ class _Imatrix:
     def addresses(self) -> tuple[int, int]:
         """Addresses of the entries and of the metadata that names them in the file."""
         return c.addressof(self._entries), c.addressof(self._facts)
-
-
-def _overrides(lib: c.CDLL, rules: Sequence[tuple[str, str]]) -> Any:
-    """Rules as the engine takes them; type names in any case, as its program does."""
-    ids = {name.lower(): i for i, (name, *_) in enumerate(type_facts(lib))}
-    made = (abi.TensorOverride * (len(rules) + 1))()
-    for slot, (pattern, type_name) in zip(made, rules, strict=False):
-        if type_name.lower() not in ids:
-            raise UnknownName.of("mainline type", type_name, table("mainline"))
-        slot.pattern, slot.type = pattern.encode().lower(), ids[type_name.lower()]
-    return made
 
 
 def _rules_in(path: Path) -> list[tuple[str, str]]:

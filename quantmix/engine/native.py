@@ -145,8 +145,6 @@ _SIGNATURES: Final[dict[str, tuple[Any, list[Any]]]] = {
     "llama_init_from_model": (C.c_void_p, [C.c_void_p, ContextParams]),
     "llama_free": (None, [C.c_void_p]),
     "llama_n_vocab": (C.c_int32, [C.c_void_p]),
-    "llama_n_layer": (C.c_int32, [C.c_void_p]),
-    "llama_n_ctx_train": (C.c_int32, [C.c_void_p]),
     "llama_add_bos_token": (C.c_int32, [C.c_void_p]),
     "llama_token_bos": (C.c_int32, [C.c_void_p]),
     "llama_tokenize": (
@@ -155,10 +153,8 @@ _SIGNATURES: Final[dict[str, tuple[Any, list[Any]]]] = {
     ),
     "llama_decode": (C.c_int32, [C.c_void_p, Batch]),
     "llama_get_logits": (C.c_void_p, [C.c_void_p]),
-    "llama_get_logits_ith": (C.c_void_p, [C.c_void_p, C.c_int32]),
     "llama_kv_cache_clear": (None, [C.c_void_p]),
     "llama_get_model_tensor": (C.c_void_p, [C.c_void_p, C.c_char_p]),
-    "ggml_backend_tensor_get": (None, [C.c_void_p, C.c_void_p, C.c_size_t, C.c_size_t]),
     "ggml_backend_tensor_set": (None, [C.c_void_p, C.c_void_p, C.c_size_t, C.c_size_t]),
     "ggml_quantize_chunk": (
         C.c_size_t,
