@@ -211,10 +211,9 @@ def _plan_json(plan: OffloadPlan) -> dict[str, Any]:
 
 
 def _shell(plan: OffloadPlan) -> str:
-    import shlex
+    from quantmix.emit.scripts import shell_line
 
-    env = [f"{k}={shlex.quote(v)}" for k, v in plan.flags.env.items()]
-    return " ".join([*env, "llama-server", *(shlex.quote(f) for f in plan.flags.flags)])
+    return shell_line(plan.flags.env, ["llama-server", *plan.flags.flags])
 
 
 def _rule_table(found: Explanation, out: Any) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import shlex
 from typing import TYPE_CHECKING
 
 from quantmix.emit.readme import mix_rows, quality_text
+from quantmix.emit.scripts import shell_line
 from quantmix.units import gib
 
 if TYPE_CHECKING:
@@ -144,6 +144,5 @@ def _print_commands(console: Console, answer: Answer) -> None:
     _print_part(console, "\nWritten", f"{folder}/")
     console.print(f"  {folder}/quantize.sh SOURCE.gguf OUT.gguf IMATRIX.dat", soft_wrap=True)
     if recipe.devices:
-        env = " ".join(f"{k}={v}" for k, v in recipe.offload["env"].items())
-        serve = shlex.join(recipe.commands["serve"])
-        console.print(f"  {env} {serve}".replace("   ", "  "), soft_wrap=True)
+        serve = shell_line(recipe.offload["env"], recipe.commands["serve"])
+        console.print(f"  {serve}", soft_wrap=True)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import shlex
 from collections import defaultdict
 from math import expm1
 from typing import TYPE_CHECKING
 
 from quantmix.emit.rules import section_of
+from quantmix.emit.scripts import shell_line
 from quantmix.ggml.types import FLOATS
 from quantmix.sources import CREDIT
 from quantmix.units import gib
@@ -43,9 +43,8 @@ def readme(recipe: Recipe) -> str:
     lines += ["", "![types](types.png)", "", "## Quantize", "", "```bash"]
     lines += ["./quantize.sh SOURCE.gguf OUT.gguf IMATRIX.dat", "```"]
     if recipe.offload.get("flags"):
-        env = " ".join(f"{k}={v}" for k, v in recipe.offload["env"].items())
-        serve = shlex.join(recipe.commands["serve"])
-        lines += ["", "## Serve", "", "```bash", f"{env} {serve}".strip(), "```"]
+        serve = shell_line(recipe.offload["env"], recipe.commands["serve"])
+        lines += ["", "## Serve", "", "```bash", serve, "```"]
         lines += [f"\n{note[0].upper()}{note[1:]}." for note in recipe.offload.get("notes", [])]
     if recipe.quality.warnings:
         lines += ["", "## Warnings", "", *(f"- {w}" for w in recipe.quality.warnings)]

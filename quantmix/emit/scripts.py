@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from quantmix.emit.rules import section_of, split_rule
@@ -110,6 +110,11 @@ MODEL=${{1:-${{MODEL:?the quantized GGUF is the first argument}}}}
 {_wrapped(_flags(recipe.commands["serve"]))} \\
   "$@"
 """
+
+
+def shell_line(env: Mapping[str, str], command: Sequence[str]) -> str:
+    """Return one line for a shell: the environment, then the command."""
+    return " ".join([*(f"{k}={shlex.quote(v)}" for k, v in env.items()), shlex.join(command)])
 
 
 def verify_sh(recipe: Recipe) -> str:

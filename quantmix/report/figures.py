@@ -48,13 +48,8 @@ def save(figure: Figure, path: Any) -> None:
 
 def memory_figure(recipe: Recipe) -> Figure:
     """Return bars of what every device holds, against its capacity."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     devices = recipe.devices
-    figure = Figure(figsize=(8.4, 1.5 + 0.46 * len(devices)), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    figure, axes = _canvas(8.4, 1.5 + 0.46 * len(devices))
     for row, device in enumerate(devices):
         left = 0.0
         for key, label, colour in COMPONENTS:
@@ -80,13 +75,8 @@ def memory_figure(recipe: Recipe) -> Figure:
 
 def types_figure(recipe: Recipe) -> Figure:
     """Return a map of roles against layers, coloured by bits per weight, types named."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     roles, grid, names = role_grid(recipe)
-    figure = Figure(figsize=(10.5, 1.9 + 0.32 * len(roles)), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    figure, axes = _canvas(10.5, 1.9 + 0.32 * len(roles))
     image = axes.imshow(grid, aspect="auto", cmap="viridis", vmin=1.5, vmax=8.5)
     axes.set_yticks(range(len(roles)), roles, fontsize=8)
     axes.set_xlabel("layer")
@@ -113,12 +103,7 @@ def types_figure(recipe: Recipe) -> Figure:
 
 def curve_figure(section: dict[str, Any]) -> Figure:
     """Return the rise of perplexity against size, from a section of `report.data`."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8.4, 5.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    figure, axes = _canvas(8.4, 5.2)
     frontier = section["frontier"]
     unit, unit_name = _unit(section)
     tops = []
@@ -153,7 +138,7 @@ def curve_figure(section: dict[str, Any]) -> Figure:
     lowest = max(min(above) / 1.25, min(0.1, max(above) / 30))
     axes.set(xscale="log", yscale="log", ylim=(lowest, max(above) * 1.3))
     for axis, limits, most in ((axes.xaxis, axes.get_xlim(), 12), (axes.yaxis, axes.get_ylim(), 9)):
-        ticks = Scale(*limits, 0.0, 1.0, log=True).ticks(most)
+        ticks = Scale(limits[0], limits[1], 0.0, 1.0, log=True).ticks(most)
         axis.set_ticks(ticks, [f"{v:g}" for v in ticks])
         axis.set_ticks([], minor=True)
     axes.set_xlabel(f"size of the tensors, {unit_name}")
@@ -219,6 +204,16 @@ def role_grid(recipe: Recipe) -> tuple[list[str], list[list[float]], list[list[s
 def bits(tensor: PlannedTensor) -> float:
     """Return bits per weight of a planned tensor."""
     return 8 * tensor.bytes / tensor.n_elements
+
+
+def _canvas(width: float, height: float) -> tuple[Figure, Any]:
+    """Return a figure of so many inches that needs no display, and its axes."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.add_subplot()
 
 
 def _tidy(axes: Any) -> None:

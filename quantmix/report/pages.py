@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
+from quantmix.emit.scripts import shell_line
 from quantmix.report.bars import composition_chart, damage_chart, memory_charts
 from quantmix.report.html import Book, both, called, facts, figure, keys, page, table
 from quantmix.report.markdown import card_table, mix_table
@@ -261,8 +262,7 @@ def _commands(recipe: dict[str, Any]) -> list[str]:
     rules = escape("\n".join(recipe["rules"]))
     body.append(f"<details><summary>Rules</summary><pre>{rules}</pre></details>")
     if recipe["offload"].get("flags"):
-        env = " ".join(f"{k}={v}" for k, v in recipe["offload"]["env"].items())
-        serve = f"{env} {shlex.join(recipe['commands']['serve'])}".strip()
+        serve = shell_line(recipe["offload"]["env"], recipe["commands"]["serve"])
         body += ["<h3>Serve</h3>", f"<pre>{escape(serve)}</pre>"]
         notes = recipe["offload"].get("notes", [])
         body += [f'<p class="note">{escape(n)}</p>' for n in notes]
