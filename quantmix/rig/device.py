@@ -35,7 +35,8 @@ class Rig:
     """GPUs in CUDA order and the host.
 
     `ideal` marks the single literal pool of `--vram`. `cpu_cores` and `pcie_gbs` feed the speed
-    model. `desktop` adds a desktop's own use to the first GPU's reserve.
+    model; the latter is what a copy to a GPU reaches, in 1e9 bytes per second, None: as fitted
+    for its card. `desktop` adds a desktop's own use to the first GPU's reserve.
     """
 
     gpus: tuple[Device, ...]

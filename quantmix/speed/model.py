@@ -324,6 +324,7 @@ def _prompt_tps(
         ram_expert_bytes=experts,
         experts=h.n_expert,
         experts_used=h.n_expert_used,
+        pcie_gbs=rig.pcie_gbs,
     )
     start = copied_from(settings.engine, settings.build, h.n_expert, h.n_expert_used)
     seconds = prompt_seconds(

@@ -60,6 +60,7 @@ class Load:
         quantized_cache: the KV cache is not 16-bit: a little slower on a GPU.
         active_params: all params used per token; cpu_params: those in RAM.
         ram_expert_bytes: routed experts in RAM, whole. experts, experts_used: of the model.
+        pcie_gbs: bandwidth from RAM to a GPU, None: as fitted for its class.
     """
 
     kind: Kind
@@ -78,6 +79,7 @@ class Load:
     ram_expert_bytes: float = 0.0
     experts: int = 0
     experts_used: int = 0
+    pcie_gbs: float | None = None
 
 
 def slow_family(qtype: GgmlType | None) -> str:
@@ -130,8 +132,9 @@ def prompt_seconds(
     uploads = bool(load.gpus and load.ram_expert_bytes and uploads_from)
     uploads = uploads and ubatch >= (uploads_from or 0)
     if uploads:
-        link = constants.get(("pcie_gbs", load.gpus[0].device_class))
-        t += load.ram_expert_bytes / ((link or constants[("pcie_gbs", "other")]) * _GB)
+        fitted = constants.get(("pcie_gbs", load.gpus[0].device_class))
+        link = load.pcie_gbs or fitted or constants[("pcie_gbs", "other")]
+        t += load.ram_expert_bytes / (link * _GB)
         on_cpu = 0.0
     if on_cpu:
         rate = load.cores * constants[("cpu_gflops", load.isa)] * 1e9

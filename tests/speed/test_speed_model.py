@@ -178,6 +178,17 @@ def test_a_big_ubatch_uploads_experts_and_speeds_prompts_up() -> None:
     assert large > 2 * small
 
 
+def test_the_link_of_a_rig_counts() -> None:
+    """`pcie_gbs` of a rig stands in for the figure fitted for its card."""
+    mix = mix_of(R1, "iq4_ks")
+    settings = Settings(ubatch=4096, batch=4096)
+    speeds = [
+        predict(R1, settings, replace(rig(), pcie_gbs=gbs), ALL_RAM, mix).pp_tps or 0
+        for gbs in (5.0, 50.0)
+    ]
+    assert 3 * speeds[0] < speeds[1]
+
+
 def test_a_tied_head_is_read_where_the_output_is() -> None:
     """RAM of unknown speed does not matter while the head is on the GPU; in RAM it does."""
     tied = load_model("llama-3.2-1b")
