@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from quantmix.assemble import assemble, device_use, header_allowance
 from quantmix.budget import Budget
 from quantmix.emit.flags import offload
-from quantmix.emit.simulate import planned
 from quantmix.errors import CheckFailed, InfeasibleBudget, UsageError
 from quantmix.loss.model import LossModel
 from quantmix.memory.head import EMBEDDING
+from quantmix.memory.homes import planned
 from quantmix.memory.model import HOST, Placement
 from quantmix.models.model import Model
 from quantmix.mtp import with_mtp

@@ -24,20 +24,11 @@ from quantmix.emit.lint_flags import (
     readable,
     settings_of,
 )
-from quantmix.emit.simulate import (
-    Homes,
-    Rule,
-    default_home,
-    head_home,
-    is_expert,
-    layer_homes,
-    moved_home,
-    override_rules,
-    visible,
-)
+from quantmix.emit.simulate import Rule, head_home, layer_homes, moved_home, override_rules, visible
 from quantmix.errors import InfeasibleBudget, UsageError
 from quantmix.ggml import types
 from quantmix.ggml.types import Engine
+from quantmix.memory.homes import Homes, default_home, is_expert
 from quantmix.memory.model import HOST, Placement
 from quantmix.memory.settings import Settings
 from quantmix.models.model import Model

@@ -10,12 +10,12 @@ from typing import Final
 from quantmix.assemble import device_use
 from quantmix.emit.flags import OffloadFlags, offload
 from quantmix.emit.lint import ranges, wrong_devices
-from quantmix.emit.simulate import is_expert, planned
 from quantmix.errors import InfeasibleBudget
 from quantmix.ggml import types
 from quantmix.ggml.types import Engine, GgmlType
 from quantmix.memory import kv
 from quantmix.memory.head import EMBEDDING, head_device, head_name, host_slots
+from quantmix.memory.homes import is_expert, planned
 from quantmix.memory.model import HOST, DeviceMemory, Placement
 from quantmix.memory.plan import device_memory
 from quantmix.memory.settings import Settings

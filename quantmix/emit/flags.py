@@ -10,12 +10,12 @@ from quantmix.emit.regex import int_group, word_group
 from quantmix.errors import UsageError
 from quantmix.memory import kv
 from quantmix.memory.head import is_tied
+from quantmix.memory.homes import is_movable
 from quantmix.memory.model import HOST, Placement
 from quantmix.memory.settings import Settings
-from quantmix.models.model import Model, Tensor
+from quantmix.models.model import Model
 from quantmix.rig.device import Rig
 
-_DENSE_FFN: Final = ("ffn_up", "ffn_gate", "ffn_down")
 _EXPERT_WORDS: Final = ("up", "down", "gate", "gate_up")  # as people write them
 
 
@@ -105,16 +105,6 @@ def environment(rig: Rig, plan: SplitPlan) -> dict[str, str]:
         "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
         "CUDA_VISIBLE_DEVICES": ",".join(str(g) for g in plan.gpus),
     }
-
-
-def is_movable(model: Model, t: Tensor) -> bool:
-    """Whether it lies in RAM when its layer is one of `Placement.cpu_experts`.
-
-    Routed experts with their biases; in a model without experts the feed-forward matrices.
-    """
-    if model.hparams.is_moe:
-        return "exps" in t.role
-    return t.role.split(".")[0] in _DENSE_FFN
 
 
 def output_override(model: Model, buffer: str) -> list[str]:

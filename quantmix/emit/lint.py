@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from quantmix.emit.cmdline import CommandLine
-from quantmix.emit.simulate import Homes, Rule, is_expert
+from quantmix.emit.simulate import Rule
 from quantmix.ggml.types import GgmlType
+from quantmix.memory.homes import Homes, is_expert
 from quantmix.memory.model import HOST
 from quantmix.models.model import Model, Tensor
 

@@ -20,29 +20,21 @@ from dataclasses import dataclass
 from typing import Final
 
 from quantmix.emit.cmdline import CommandLine, Option, parse
-from quantmix.emit.flags import OffloadFlags, is_movable
+from quantmix.emit.flags import OffloadFlags
 from quantmix.emit.layers import by_bytes, split_sizes
 from quantmix.errors import CheckFailed, UsageError
 from quantmix.memory import kv
 from quantmix.memory.head import head_name
+from quantmix.memory.homes import CPU, Homes, default_home, is_expert, planned
 from quantmix.memory.model import HOST, Placement
 from quantmix.memory.settings import Settings
 from quantmix.memory.split import by_count, gpu_slots, splits_bytes
-from quantmix.models.model import Model, Tensor
+from quantmix.models.model import Model
 from quantmix.rig.device import Rig
 
 IK_NCMOE_SHARED: Final = "2026-03-01"  # -ncmoe spread over GPUs; the exact build is not known
 IK_NCMOE_FROM_LAST: Final = "2026-08-01"  # on one GPU; seen in 2026-08-15, not in 2026-04
-CPU: Final = "CPU"
 _FLOAT32_MAX: Final = 3.4e38  # the engines keep shares as such
-
-
-@dataclass(frozen=True, slots=True)
-class Homes:
-    """GPU index (in the order the engine sees them) or HOST of every block, and of the output."""
-
-    blocks: tuple[int, ...]
-    output: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,20 +78,6 @@ def replay(
             continue
         home = moved_home(t.name, default_home(t, homes), rules)
         devices[t.name] = names[home] if home != HOST else CPU
-    return devices
-
-
-def planned(model: Model, placement: Placement, rig: Rig, *, mtp: bool = False) -> dict[str, str]:
-    """Return the device name of every loaded tensor as the plan has it."""
-    homes = Homes(placement.homes(kv.n_blocks(model)), placement.output_device)
-    devices = {}
-    for t in model.tensors:
-        if not t.loaded and not mtp:
-            continue
-        home = default_home(t, homes)
-        if is_movable(model, t) and t.layer in placement.cpu_experts:
-            home = HOST
-        devices[t.name] = rig.gpus[home].name if home != HOST else CPU
     return devices
 
 
@@ -267,17 +245,6 @@ def are_shares(text: str) -> bool:
     return all(0 <= s <= _FLOAT32_MAX for s in shares)
 
 
-def default_home(t: Tensor, homes: Homes) -> int:
-    """Home of a tensor before overrides."""
-    if t.layer is not None:
-        return homes.blocks[t.layer] if t.layer < len(homes.blocks) else homes.output
-    if t.role.startswith(("token_embd", "per_layer_token_embd", "position_embd", "token_types")):
-        return HOST
-    if t.role.startswith("rope_"):
-        return homes.blocks[0]
-    return homes.output
-
-
 def moved_home(name: str, home: int, rules: Sequence[Rule]) -> int:
     """Home of a tensor after overrides: that of the first rule found in its name, else `home`."""
     return next((r.home for r in rules if r.regex.search(name)), home)
@@ -286,11 +253,6 @@ def moved_home(name: str, home: int, rules: Sequence[Rule]) -> int:
 def head_home(model: Model, homes: Homes, rules: Sequence[Rule]) -> int:
     """Home of the matrix that gives the logits, a tied one's second tensor included."""
     return moved_home(head_name(model), homes.output, rules)
-
-
-def is_expert(t: Tensor) -> bool:
-    """Whether it belongs to the routed experts (weights or biases)."""
-    return "exps" in t.role
 
 
 def _ncmoe_layers(n: int, model: Model, settings: Settings, homes: Homes) -> list[int]:

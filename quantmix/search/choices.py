@@ -8,10 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from quantmix.emit.flags import is_movable
-from quantmix.emit.simulate import Homes, default_home
 from quantmix.errors import UsageError
 from quantmix.memory.head import EMBEDDING, is_tied, multiplied_at
+from quantmix.memory.homes import Homes, default_home, is_movable
 from quantmix.memory.model import HOST, DeviceMemory, Placement
 from quantmix.models.model import Model
 from quantmix.palette import Palette

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from quantmix.emit.flags import is_movable
+from quantmix.memory.homes import is_movable
 from quantmix.memory.model import DeviceMemory
 from quantmix.rig.device import Rig
 from quantmix.search.choices import Choices

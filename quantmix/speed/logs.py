@@ -10,7 +10,6 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Final, cast
 
-from quantmix.emit.cmdline import split_overrides
 from quantmix.errors import BadFile, UnknownName
 from quantmix.ggml import types
 from quantmix.memory.compute import copied_from
@@ -220,13 +219,10 @@ def _cpu(raw: dict[str, str], weights: float, kv: float) -> Reader:
 
 
 def _cpu_expert_layers(raw: dict[str, str], model: LogModel) -> int:
-    """Layers whose experts the row's own `-ot` rules (joined by `;`) put into RAM; at least one."""
+    """Layers whose experts the row's own `-ot` rules (`;` or `,` between) put into RAM, least 1."""
     first = model.layers - model.moe_layers if model.moe_layers else 0
-    rules = [
-        (o.pattern, o.buffer == "CPU")
-        for part in raw.get("ot", "").split(";")
-        for o in split_overrides(part)
-    ]
+    parts = [p.partition("=") for p in re.split("[;,]", raw.get("ot", "")) if p]
+    rules = [(pattern, buffer == "CPU") for pattern, _, buffer in parts]
     in_ram = 0
     for layer in range(first, model.layers):
         names = [f"blk.{layer}.ffn_{w}_exps.weight" for w in ("down", "up", "gate")]

@@ -16,13 +16,13 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from quantmix.emit.simulate import planned
 from quantmix.errors import UsageError
 from quantmix.ggml.types import FLOATS, GgmlType
 from quantmix.ggml.types import get as get_type
 from quantmix.memory import kv
 from quantmix.memory.compute import copied_from
 from quantmix.memory.head import EMBEDDING, is_tied, multiplied_at
+from quantmix.memory.homes import planned
 from quantmix.memory.model import HOST, Placement
 from quantmix.memory.settings import Settings
 from quantmix.models.model import Model, Tensor

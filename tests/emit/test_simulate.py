@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantmix.emit.flags import OffloadFlags, offload
-from quantmix.emit.simulate import planned, prove, replay
+from quantmix.emit.simulate import prove, replay
 from quantmix.errors import CheckFailed, UsageError
 from quantmix.memory import kv
+from quantmix.memory.homes import planned
 from quantmix.memory.model import HOST, Placement
 from quantmix.memory.settings import NEWEST_BUILD, Settings
 
