@@ -24,11 +24,11 @@ from quantmix.emit.lint_flags import (
     readable,
     settings_of,
 )
-from quantmix.emit.simulate import Rule, head_home, layer_homes, moved_home, override_rules, visible
+from quantmix.emit.simulate import head_home, landings, layer_homes, override_rules, visible
 from quantmix.errors import InfeasibleBudget, UsageError
 from quantmix.ggml import types
 from quantmix.ggml.types import Engine
-from quantmix.memory.homes import Homes, default_home, is_expert
+from quantmix.memory.homes import Homes, is_expert
 from quantmix.memory.model import HOST, Placement
 from quantmix.memory.settings import Settings
 from quantmix.models.model import Model
@@ -107,7 +107,7 @@ def explain(
     compiled = override_rules(command, model, settings, homes, len(seen))
     loaded = [t for t in model.tensors if t.loaded or settings.mtp]
     reports = rule_reports(compiled, [f"CUDA{i}" for i in range(len(seen))], loaded)
-    where = _where(model, settings, homes, compiled, names)
+    where = landings(model, settings, homes, compiled, names)
     placement = _placement(model, homes, head_home(model, homes, compiled), where, seen)
     uses = device_uses(file, machine, settings, placement, where, seen)
     findings += _numbering(machine, seen) if rig is not None and len(seen) > 1 else []
@@ -185,22 +185,6 @@ def _numbering(rig: Rig, seen: Sequence[int]) -> list[Finding]:
     return [
         Finding("note", f"{text}: if your cards are numbered otherwise, list --gpus in CUDA order")
     ]
-
-
-def _where(
-    model: Model,
-    settings: Settings,
-    homes: Homes,
-    rules: Sequence[Rule],
-    names: Sequence[str],
-) -> dict[str, str]:
-    where = {}
-    for t in model.tensors:
-        if not t.loaded and not settings.mtp:
-            continue
-        home = moved_home(t.name, default_home(t, homes), rules)
-        where[t.name] = names[home] if home != HOST else "CPU"
-    return where
 
 
 def _placement(

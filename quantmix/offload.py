@@ -9,7 +9,7 @@ from typing import Final
 
 from quantmix.assemble import device_use
 from quantmix.emit.flags import OffloadFlags, offload
-from quantmix.emit.lint import ranges, wrong_devices
+from quantmix.emit.lint import wrong_devices
 from quantmix.errors import InfeasibleBudget
 from quantmix.ggml import types
 from quantmix.ggml.types import Engine, GgmlType
@@ -25,7 +25,7 @@ from quantmix.recipe import DeviceUse, Speed
 from quantmix.rig.device import Rig
 from quantmix.search.placement import split_layers
 from quantmix.speed.model import plan_seconds, predict
-from quantmix.units import gib
+from quantmix.units import gib, ranges
 
 _BOUNDARY_ROUNDS: Final = 2
 _CTX_STEP: Final = 256

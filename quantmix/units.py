@@ -1,8 +1,9 @@
-"""Sizes as people write them, and back. Inside quantmix a size is always an int of bytes."""
+"""Sizes and lists of numbers as people write them. Inside quantmix a size is an int of bytes."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Final
 
 from quantmix.errors import UsageError
@@ -107,3 +108,14 @@ def gib(n_bytes: float, digits: int = 2) -> str:
 def pad(n: int, multiple: int) -> int:
     """Return `n` rounded up to a multiple of `multiple`."""
     return -(-n // multiple) * multiple
+
+
+def ranges(numbers: Iterable[int], joint: str = ", ") -> str:
+    """Return `3-5, 9` for {3, 4, 5, 9}."""
+    parts: list[list[int]] = []
+    for n in sorted(set(numbers)):
+        if parts and n == parts[-1][1] + 1:
+            parts[-1][1] = n
+        else:
+            parts.append([n, n])
+    return joint.join(f"{a}" if a == b else f"{a}-{b}" for a, b in parts)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -14,6 +14,7 @@ from quantmix.ggml.types import GgmlType
 from quantmix.memory.homes import Homes, is_expert
 from quantmix.memory.model import HOST
 from quantmix.models.model import Model, Tensor
+from quantmix.units import ranges
 
 Severity = Literal["error", "warning", "note"]
 _DIGIT_CLASS: Final = re.compile(r"\[[^\]]*\d-\d{2,}[^\]]*\]")
@@ -182,17 +183,6 @@ def wrong_devices(
         text = f"layers {ranges(odd)}: ffn_up_exps and ffn_gate_exps differ in type"
         found.append(Finding("warning", f"{text}, so the fused kernel is not used"))
     return found
-
-
-def ranges(numbers: Iterable[int]) -> str:
-    """Return `3-5, 9` for {3, 4, 5, 9}."""
-    parts: list[list[int]] = []
-    for n in sorted(set(numbers)):
-        if parts and n == parts[-1][1] + 1:
-            parts[-1][1] = n
-        else:
-            parts.append([n, n])
-    return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in parts)
 
 
 def _traps(report: RuleReport, tensors: Sequence[Tensor]) -> list[str]:

@@ -72,6 +72,13 @@ def replay(
     names = [rig.gpus[i].name for i in seen]
     homes = layer_homes(command, model, settings, rig, sizes, seen)
     rules = override_rules(command, model, settings, homes, len(names))
+    return landings(model, settings, homes, rules, names)
+
+
+def landings(
+    model: Model, settings: Settings, homes: Homes, rules: Sequence[Rule], names: Sequence[str]
+) -> dict[str, str]:
+    """Return the device of every loaded tensor; `names` are those of the GPUs the engine sees."""
     devices = {}
     for t in model.tensors:
         if not t.loaded and not settings.mtp:

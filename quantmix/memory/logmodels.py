@@ -14,13 +14,9 @@ from typing import Any
 
 from quantmix.models.catalog import catalog
 from quantmix.models.model import HParams, Layout, Model
+from quantmix.rig.cards import slug
 
 _SHORTEST_NAME = 5
-
-
-def normal(text: str) -> str:
-    """Return `text` in lower case, runs of other characters as one dash."""
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
 def find_model(text: str, arch: str = "", layout: Layout | None = None) -> Model | None:
@@ -49,13 +45,13 @@ def _names() -> dict[str, str]:
     names: dict[str, str] = {}
     for entry in catalog().values():
         for name in (entry.id, *entry.aliases, entry.hf_repo.split("/")[-1]):
-            if len(normal(name)) >= _SHORTEST_NAME:
-                names.setdefault(normal(name), entry.id)
+            if len(slug(name)) >= _SHORTEST_NAME:
+                names.setdefault(slug(name), entry.id)
     return dict(sorted(names.items(), key=lambda item: -len(item[0])))
 
 
 def _from_catalog(text: str, arch: str) -> tuple[str, str, HParams] | None:
-    inside = f"-{normal(text)}-"
+    inside = f"-{slug(text)}-"
     for name, model_id in _names().items():
         entry = catalog()[model_id]
         if f"-{name}-" in inside and (not arch or entry.arch == arch):
@@ -72,7 +68,7 @@ def _is_other_model(inside: str, name: str) -> bool:
 
 
 def _from_table(text: str, arch: str) -> tuple[str, str, HParams] | None:
-    inside = f"-{normal(text)}-"
+    inside = f"-{slug(text)}-"
     for row in _table():
         if not re.search(rf"-({row['pattern']})-", inside):
             continue

@@ -9,6 +9,7 @@ against the generated lists; for MLA models they describe the `split` layout.
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from functools import cache
@@ -75,6 +76,24 @@ def find(name: str) -> CatalogEntry:
         some = ", ".join(starts[:6]) + (", …" if len(starts) > 6 else "")
         raise UnknownName(f"model {name!r} may be {some}: name one of them")
     raise UnknownName.of("model", wanted or name, names, "see `quantmix models`")
+
+
+def identify(name: str, arch: str, n_elements: int) -> CatalogEntry | None:
+    """Return the row that a model is of: a name says so, and architecture and size agree.
+
+    The ik layout of MLA stores up to 2% twice, and vocabularies are padded differently.
+    """
+    try:
+        entry = find(name)
+    except UnknownName:
+        return None
+    near = abs(n_elements - entry.total_params) < 0.02 * entry.total_params
+    return entry if entry.arch == arch and near else None
+
+
+def slug(name: str) -> str:
+    """Return an id made from the name of a file or folder."""
+    return re.sub(r"[^a-z0-9._]+", "-", name.lower()).strip("-._") or "model"
 
 
 def search(words: Iterable[str]) -> list[CatalogEntry]:

@@ -11,13 +11,14 @@ from collections.abc import Mapping
 from math import prod
 from typing import Any, Final
 
-from quantmix.errors import BadFile, UnknownName
+from quantmix.errors import BadFile
 from quantmix.ggml.header import RawArray
 from quantmix.ggml.shards import GgufSet
 from quantmix.models import trained
 from quantmix.models.arch import ARCHITECTURES, base, trained_in
-from quantmix.models.catalog import CatalogEntry, find
+from quantmix.models.catalog import CatalogEntry, identify, slug
 from quantmix.models.model import MAX_LAYERS, HParams, Layout, Model
+from quantmix.units import ranges
 
 Shapes = Mapping[str, tuple[int, ...]]
 _QUANT_SUFFIX: Final = re.compile(
@@ -70,7 +71,7 @@ def model_from_gguf(
             "them, the KV cache is computed as plain attention",
         )
     model = Model(
-        id=known.id if known else _slug(found.name or name),
+        id=known.id if known else slug(found.name or name),
         arch=arch,
         layout=layout,
         hparams=h,
@@ -109,7 +110,7 @@ def hparams_of(kv: _Keys, shapes: Shapes, arch: str) -> HParams:
         BadFile: a count is not a count, or the file cannot be a language model.
     """
     nextn = kv.count("nextn_predict_layers")
-    blocks = kv.count("block_count") or _blocks(shapes)
+    blocks = kv.count("block_count") or blocks_in(shapes)
     if blocks > MAX_LAYERS:
         raise BadFile(f"{kv.source}: {blocks} blocks (at most {MAX_LAYERS} are believed)")
     in_file = 0 < nextn < blocks and any(n.startswith(f"blk.{blocks - 1}.nextn.") for n in shapes)
@@ -119,7 +120,7 @@ def hparams_of(kv: _Keys, shapes: Shapes, arch: str) -> HParams:
         raise BadFile(f"{kv.source}: token_embd.weight has {len(embd)} dimensions, not 2")
     names = _Names(shapes, n_layer)
     if arch in ARCHITECTURES:
-        _contradict(kv, names, _blocks(shapes))
+        _contradict(kv, names, blocks_in(shapes))
     return HParams(
         n_layer=n_layer,
         n_embd=embd[0],
@@ -291,7 +292,7 @@ class _Names:
         return full[0] + 1 if full else 0
 
 
-def _blocks(shapes: Shapes) -> int:
+def blocks_in(shapes: Shapes) -> int:
     """Count blocks by their highest number."""
     numbers = (n.split(".")[1] for n in shapes if n.startswith("blk."))
     return 1 + max((int(n) for n in numbers if n.isdecimal()), default=-1)
@@ -301,33 +302,14 @@ def _ranges(layers: list[int], n_blocks: int) -> str:
     """Write layers as the catalog does: `all` or `0-2,6,10` (`mla.indexer_layers` reads it)."""
     if layers and len(layers) == n_blocks:
         return "all"
-    parts: list[str] = []
-    i = 0
-    while i < len(layers):
-        j = i
-        while j + 1 < len(layers) and layers[j + 1] == layers[j] + 1:
-            j += 1
-        parts.append(str(layers[i]) if i == j else f"{layers[i]}-{layers[j]}")
-        i = j + 1
-    return ",".join(parts)
+    return ranges(layers, ",")
 
 
 def _known(arch: str, shapes: Shapes, *names: str) -> CatalogEntry | None:
     """Return the catalog row that a file is of: a name says so, and its size agrees."""
     elements = sum(map(prod, shapes.values()))
-    for name in names:
-        short = _stem(name)
-        if not short:
-            continue
-        try:
-            entry = find(short)
-        except UnknownName:
-            continue
-        # The ik layout of MLA stores up to 2% twice; vocabularies are padded differently.
-        differs = abs(elements - entry.total_params) / entry.total_params
-        if entry.arch == arch and differs < 0.02:
-            return entry
-    return None
+    stems = filter(None, map(_stem, names))
+    return next((e for s in stems if (e := identify(s, arch, elements))), None)
 
 
 def _stem(name: str) -> str:
@@ -336,8 +318,3 @@ def _stem(name: str) -> str:
     while text != before:
         before, text = text, _QUANT_SUFFIX.sub("", text)
     return text
-
-
-def _slug(name: str) -> str:
-    """Make an id from a file name."""
-    return re.sub(r"[^a-z0-9._]+", "-", name.lower()).strip("-._") or "model"

@@ -15,11 +15,12 @@ from math import prod
 from pathlib import Path
 from typing import Any, Final
 
-from quantmix.errors import BadFile, UnknownName
+from quantmix.errors import BadFile
 from quantmix.ggml.types import drop_ones
 from quantmix.models import hf_names
 from quantmix.models.arch import base, tensors_of
-from quantmix.models.catalog import CatalogEntry, find
+from quantmix.models.catalog import identify, slug
+from quantmix.models.from_gguf import blocks_in
 from quantmix.models.hf_config import Config, architecture_of, read_config
 from quantmix.models.model import HParams, Layout, Model
 from quantmix.models.safetensors import Shape, parse_json, read_shapes
@@ -162,17 +163,11 @@ def _compared(model: Model, stored: Checkpoint) -> Model:
 
 def _named(model: Model) -> Model:
     """Take the catalog's id when name, architecture and size agree."""
-    try:
-        entry: CatalogEntry = find(model.display)
-    except UnknownName:
-        return replace(model, id=re.sub(r"[^a-z0-9._]+", "-", model.id.lower()).strip("-"))
-    same = entry.arch == model.arch and (
-        abs(entry.total_params - model.n_elements) < 0.02 * entry.total_params
-    )
-    if same:
-        known = replace(model, id=entry.id, display=entry.display)
-        return mark(known, expert_roles(known, entry.exact_experts))
-    return model
+    entry = identify(model.display, model.arch, model.n_elements)
+    if entry is None:
+        return replace(model, id=slug(model.id))
+    known = replace(model, id=entry.id, display=entry.display)
+    return mark(known, expert_roles(known, entry.exact_experts))
 
 
 def _unknown(config: Config, stored: Checkpoint, name: str, source: str) -> Model:
@@ -225,7 +220,7 @@ def _guess(config: Config, shapes: Mapping[str, Shape]) -> HParams:
     dim = config.count("head_dim", default=embd[0] // heads if heads else 0)
     experts = config.count("num_experts", "n_routed_experts", "num_local_experts", default=0)
     return HParams(
-        n_layer=config.count("num_hidden_layers", "n_layer", default=0) or _blocks(shapes),
+        n_layer=config.count("num_hidden_layers", "n_layer", default=0) or blocks_in(shapes),
         n_embd=embd[0],
         n_vocab=embd[-1],
         n_head=heads,
@@ -240,11 +235,6 @@ def _guess(config: Config, shapes: Mapping[str, Shape]) -> HParams:
         output_in_gguf="output.weight" in shapes,
         ctx_train=config.count("max_position_embeddings", default=0),
     )
-
-
-def _blocks(shapes: Mapping[str, Shape]) -> int:
-    numbers = (n.split(".")[1] for n in shapes if n.startswith("blk."))
-    return 1 + max((int(n) for n in numbers if n.isdecimal()), default=-1)
 
 
 def _read(path: Path) -> bytes:

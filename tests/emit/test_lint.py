@@ -7,7 +7,6 @@ import pytest
 from quantmix.emit.cmdline import parse_text
 from quantmix.emit.lint import (
     landing_findings,
-    ranges,
     rule_findings,
     rule_reports,
     wrong_devices,
@@ -16,6 +15,7 @@ from quantmix.emit.lint_flags import clean, engine_findings, readable, settings_
 from quantmix.emit.simulate import layer_homes, override_rules, replay
 from quantmix.ggml import types
 from quantmix.memory.settings import Settings
+from quantmix.units import ranges
 
 from .conftest import make_rig, model_of, sizes_of
 
