@@ -8,7 +8,7 @@ native crash costs only the probe that caused it.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -297,6 +297,7 @@ def tensor_errors(
     asked: Sequence[str],
     *,
     layers: int | None = None,
+    known: Collection[tuple[str, str]] = (),
     threads: int | None = None,
     on_event: Callable[[dict[str, Any]], None] | None = None,
 ) -> tuple[TensorError, ...]:
@@ -307,6 +308,7 @@ def tensor_errors(
     Args:
         layers: of every role only tensors of so many layers, and of these some thousand rows: the
             relations between types, which `design` uses, hardly differ within a role.
+        known: (tensor, type) pairs to leave out.
 
     Raises:
         BadFile: bad source, or an imatrix of another model.
@@ -319,7 +321,10 @@ def tensor_errors(
         if name not in wanted or not is_quantizable(name, info.shape):
             continue
         has = matrix is not None and imatrices.lookup(matrix, name) is not None
-        jobs += [[name, t] for t in asked if has or types.get(t).imatrix != "asserted"]
+        fitting = [t for t in asked if has or types.get(t).imatrix != "asserted"]
+        jobs += [[name, t] for t in fitting if (name, t) not in known]
+    if not jobs:
+        return ()
     request = {
         "source": str(source),
         "imatrix": str(imatrix) if imatrix else None,
@@ -340,19 +345,25 @@ def add_errors(
     layers: int | None = None,
     on_event: Callable[[dict[str, Any]], None] | None = None,
 ) -> Measurements:
-    """Return `results` with the errors of types added, and save them to `out`.
+    """Return `results` with the errors of types that it lacks, and save them to `out`.
 
-    A tensor and type that `results` has already keeps its error; `layers` as in `tensor_errors`.
+    `layers` as in `tensor_errors`.
 
     Raises:
         BadFile: bad source, or an imatrix of another model.
     """
-    kinds = list(dict.fromkeys(asked))
     found = tensor_errors(
-        run.source, run.imatrix, kinds, layers=layers, threads=run.threads, on_event=on_event
+        run.source,
+        run.imatrix,
+        list(dict.fromkeys(asked)),
+        layers=layers,
+        known={(e.tensor, e.type) for e in results.errors},
+        threads=run.threads,
+        on_event=on_event,
     )
-    known = {(e.tensor, e.type): e for e in (*found, *results.errors)}
-    grown = replace(results, errors=tuple(known.values()))
+    if not found:
+        return results
+    grown = replace(results, errors=(*found, *results.errors))
     measurements.save(grown, out)
     return grown
 

@@ -215,6 +215,9 @@ def test_errors_are_added_and_kept(model: Path, words: Path, tmp_path: Path) -> 
     assert {e.type for e in second.errors} == {"q4_K", "q6_K"}
     assert measurements.load(out) == second
     assert len(second.probes) == 1
+    whole = measure.add_errors(run, second, out, ["q4_K", "q6_K"])
+    assert sum(e.type == "q6_K" for e in whole.errors) == len(first.errors)
+    assert measure.add_errors(run, whole, out, ["q4_K", "q6_K"]) is whole
 
 
 def test_a_quantized_source_is_refused(model: Path, words: Path, tmp_path: Path) -> None:

@@ -97,10 +97,10 @@ def measure(
     screen = console(quiet)
     with bar(screen, "measuring", "probe") as tick:
         results = work.measure(run, out, tick)
-    if errors and not results.errors:
+    if errors:
         with bar(screen, "quantizing", "job") as tick:
             results = work.add_errors(run, results, out, asked, on_event=tick)
-    if more and not {e.type for e in results.errors} >= {*more, *asked}:
+    if more:
         with bar(screen, "quantizing", "job") as tick:
             results = work.add_errors(run, results, out, [*asked, *more], layers=2, on_event=tick)
     if as_json:

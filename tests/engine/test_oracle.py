@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from quantmix.cli.check import check
 from quantmix.engine.mainline_find import Mainline
 from quantmix.engine.oracle import LIMITS, Comparison, OracleReport, check_memory, check_recipe
-from quantmix.errors import UsageError
+from quantmix.errors import CheckFailed, UsageError
 from quantmix.ggml import types
 from quantmix.memory import kv
 from quantmix.memory.settings import NEWEST_BUILD, Settings
@@ -25,6 +27,7 @@ from quantmix.recipe import (
     Size,
     Speed,
 )
+from quantmix.request import Request, fulfil
 
 ARCHITECTURES = (
     "deepseek-r1",
@@ -181,3 +184,15 @@ def test_report_states_its_limits() -> None:
     assert str(report).splitlines()[-1] == LIMITS
     assert "compute: planned 0.00 MiB (bound), engine 0.00 MiB: DOES NOT HOLD" in str(report)
     assert "nothing about the compute buffers of ik_llama.cpp on CUDA" in LIMITS
+
+
+def test_check_names_the_oracle_when_only_that_disagrees(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A recipe without problems whose memory is counted otherwise has failed for that."""
+    folder = fulfil(Request("qwen3-0.6b", vram="9G", no_check=True, out=tmp_path)).folder
+    engine = Mainline(None, tmp_path, "nowhere", "llama 0", False)
+    wrong = OracleReport((Comparison("kv", 1 << 20, 1 << 30, True),), engine)
+    monkeypatch.setattr("quantmix.engine.oracle.check_recipe", lambda *_: wrong)
+    with pytest.raises(CheckFailed, match="the oracle counts other memory than planned"):
+        check(folder, oracle=True, quiet=True)
