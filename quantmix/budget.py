@@ -207,7 +207,7 @@ def with_cpu(rig: Rig, cpu: str | None, cores: int | None) -> Rig:
     host = replace(
         rig.host, card=card.key, bandwidth_gbs=card.bandwidth_gbs, efficiency=card.efficiency
     )
-    return replace(rig, host=host, cpu_cores=cores or rig.cpu_cores, cpu_class=card.key)
+    return replace(rig, host=host, cpu_cores=cores or rig.cpu_cores, cpu_class=card.arch)
 
 
 _CACHE_TYPES = (

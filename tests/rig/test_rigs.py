@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from quantmix.budget import with_cpu
 from quantmix.errors import BadFile, UnknownName, UsageError
 from quantmix.rig.cards import cards, find_card, slug, usable_of_size
 from quantmix.rig.rigs import (
@@ -176,3 +177,13 @@ def test_small_cards_are_left_out_in_turn() -> None:
     assert [g.name for g in rig.only((1, 3)).gpus] == ["GPU1", "GPU3"]
     assert (rig.only((0, 1)).desktop, rig.only((1, 3)).desktop) == (True, False)
     assert parse_gpus("2x24G").card_sets() == ((0, 1),)
+
+
+def test_a_cpu_is_the_same_by_flag_and_by_file(tmp_path: Path) -> None:
+    """`--cpu` tells the speed model as much of a CPU as a rig file does."""
+    file = tmp_path / "r.toml"
+    file.write_text('gpus = "rtx-4090"\nram = "64G"\ncpu = "epyc-ddr5-4800-12ch"\n')
+    by_flag = with_cpu(parse_gpus("rtx-4090"), "epyc-ddr5-4800-12ch", None)
+    by_file = load_rig(file)
+    assert by_flag.cpu_class == by_file.cpu_class == "zen4"
+    assert by_flag.host.bandwidth_gbs == by_file.host.bandwidth_gbs
