@@ -284,6 +284,31 @@ def split_names(text: str | None) -> tuple[str, ...]:
     return tuple(t.strip() for t in (text or "").split(",") if t.strip())
 
 
+def type_limits(
+    types: str | None,
+    pins: Sequence[str] | None,
+    floors: Sequence[str] | None,
+    *,
+    imatrix: bool,
+    allow_slow_cpu: bool = False,
+) -> TypeLimits:
+    """Return the limits that --types, --pin and --floor set.
+
+    Raises:
+        UsageError: an empty list of types, or a rule that is not REGEX=TYPE.
+    """
+    names = split_names(types)
+    if types is not None and not names:
+        raise UsageError("--types is empty: name types like q8_0,iq4_ks,iq2_kt")
+    return TypeLimits(
+        types=names,
+        pins=split_rules(pins, "--pin"),
+        floors=split_rules(floors, "--floor"),
+        imatrix=imatrix,
+        allow_slow_cpu=allow_slow_cpu,
+    )
+
+
 def split_rules(rules: Sequence[str] | None, flag: str) -> tuple[tuple[str, str], ...]:
     """Cut `REGEX=TYPE` texts at their last `=`.
 
@@ -372,16 +397,13 @@ def _options(request: Request) -> Options:
         raise UsageError("--quality-slack must be a number, not negative")
     if request.min_tps is not None and not 0 < request.min_tps < math.inf:
         raise UsageError("--min-tps must be a number above zero")
-    names = split_names(request.types)
-    if request.types is not None and not names:
-        raise UsageError("--types is empty: name types like q8_0,iq4_ks,iq2_kt")
     if request.name is not None:
         require_name(request.name)
     return Options(
-        limits=TypeLimits(
-            types=names,
-            pins=split_rules(request.pin, "--pin"),
-            floors=split_rules(request.floor, "--floor"),
+        limits=type_limits(
+            request.types,
+            request.pin,
+            request.floor,
             imatrix=not request.no_imatrix,
             allow_slow_cpu=request.allow_slow_cpu,
         ),

@@ -50,19 +50,13 @@ def frontier(
     from quantmix.frontier import frontier as curve
     from quantmix.frontier import parse_bound, sweep
     from quantmix.models.sources import load_model
-    from quantmix.palette import TypeLimits
-    from quantmix.request import parse_ctx, split_names, split_rules
+    from quantmix.request import parse_ctx, type_limits
 
     found = load_model(model, layout=layout)
     settings = make_settings(
         engine=engine, ctx=parse_ctx(ctx) or found.hparams.ctx_train or None, ctk=ctk, ctv=ctk
     )
-    limits = TypeLimits(
-        types=split_names(types),
-        pins=split_rules(pin, "--pin"),
-        floors=split_rules(floor, "--floor"),
-        imatrix=not no_imatrix,
-    )
+    limits = type_limits(types, pin, floor, imatrix=not no_imatrix)
     swept = sweep(found, settings, limits=limits, measurements=measurements)
     low, high = parse_bound(start, "--from", found), parse_bound(end, "--to", found)
     result = curve(swept, low, high, points)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Final
 
 from quantmix.errors import BadFile
+from quantmix.memory.kv import MAINLINE_MLA
 from quantmix.memory.logmodels import find_model
 from quantmix.memory.settings import Settings
 from quantmix.models.model import Layout, Model
@@ -208,7 +209,7 @@ def _layout(text: str, notes: str, row: dict[str, str]) -> Layout:
     if "attn_v_b[" in notes:
         return "legacy"
     # Mainline without MLA support ran only files with attn_kv_b.
-    if row["engine"] == "mainline" and row["engine_date"] < "2025-04-15":
+    if row["engine"] == "mainline" and row["engine_date"] < MAINLINE_MLA:
         return "legacy"
     return "ik"
 
