@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
@@ -211,14 +211,3 @@ def _named(name: str, derived: str) -> str:
         require_name(name)
         return name
     return re.sub(r"[^A-Za-z0-9._+-]+", "-", derived).strip("-.")[:120] or "recipe"
-
-
-__all__: Sequence[str] = [
-    "as_source",
-    "clone",
-    "import_rules",
-    "layout_named_in",
-    "model_named_in",
-    "planned",
-    "read_rules",
-]

@@ -378,9 +378,6 @@ def slug(label: str) -> str:
     return "".join(c if c.isalnum() or c in "._+-" else "-" for c in label)
 
 
-__all__ = ["Design", "Options", "design", "run"]
-
-
 class _CallableModule(ModuleType):
     """Lets `quantmix.design(...)` be the function although `quantmix.design` is also this module.
 

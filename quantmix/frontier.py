@@ -327,6 +327,3 @@ def _published(swept: Sweep) -> tuple[tuple[Mark, ...], tuple[str, ...]]:
         rise = math.log(row.ppl / base) if base else None
         marks.append(Mark(row, n_bytes, rise, swept.at(n_bytes)))
     return tuple(sorted(marks, key=lambda m: (m.tensor_bytes, m.row.label))), tuple(unplaced)
-
-
-__all__ = ["Frontier", "Mark", "Point", "Sweep", "frontier", "parse_bound", "sweep"]

@@ -14,9 +14,10 @@ import quantmix as qm
 from quantmix.budget import Budget
 from quantmix.design import Options
 from quantmix.errors import InfeasibleBudget, UsageError
+from quantmix.flag_texts import parse_ctx, parse_percent
 from quantmix.inverse import longest_context, smallest_budget
 from quantmix.palette import TypeLimits
-from quantmix.request import Request, budget_of, fulfil, parse_ctx, parse_percent
+from quantmix.request import Request, budget_of, fulfil
 
 SMALL = "qwen3-4b-instruct-2507"
 

@@ -47,10 +47,10 @@ def frontier(
 ) -> None:
     """Parse, sweep, print."""
     from quantmix.budget import make_settings
+    from quantmix.flag_texts import parse_ctx, type_limits
     from quantmix.frontier import frontier as curve
     from quantmix.frontier import parse_bound, sweep
     from quantmix.models.sources import load_model
-    from quantmix.request import parse_ctx, type_limits
 
     found = load_model(model, layout=layout)
     settings = make_settings(

@@ -65,9 +65,9 @@ def measure(
     from quantmix import measure as work
     from quantmix.cli.progress import bar
     from quantmix.engine.weights import open_weights
+    from quantmix.flag_texts import split_names
     from quantmix.ggml.types import get
     from quantmix.recipe import load
-    from quantmix.request import split_names
     from quantmix.texts import text
 
     scope = one_of("way to group tensors", by, work.SCOPES)

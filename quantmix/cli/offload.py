@@ -85,8 +85,9 @@ def offload(
 
 
 def _place(loaded: Model, request: Request, at: str | None, as_json: bool, quiet: bool) -> None:
+    from quantmix.flag_texts import parse_ctx
     from quantmix.offload import place, place_longest, stored
-    from quantmix.request import budget_of, parse_ctx
+    from quantmix.request import budget_of
 
     budget, _ = budget_of(request, is_mla=loaded.hparams.is_mla)
     assert budget.rig is not None

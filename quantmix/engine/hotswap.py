@@ -4,8 +4,8 @@ A tensor's weights go through `ggml_quantize_chunk` with their imatrix row; the 
 over the loaded copy (every copy: a tied head has its own) and the tensor's type and strides are
 changed to match. They always fit, since a quantized tensor is smaller than its float source. The
 engine then computes with the very kernels and bytes of a really quantized file, so its answers are
-the same too. (Writing dequantized weights back instead, as first tried, misses the quantization of
-activations: KLD 2-5% low.)
+the same too. (Writing dequantized weights back misses the quantization of activations: KLD 2-5%
+low.)
 
 The graph must be rebuilt for every decode (`graph_reuse` off). A native assert ends the process:
 use only inside `child` tasks.

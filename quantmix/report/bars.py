@@ -169,6 +169,3 @@ def _widest(places: Sequence[tuple[int, dict[str, Any]]]) -> float:
 
 def _used(d: dict[str, Any]) -> int:
     return int(sum(d[key] for key, _, _ in COMPONENTS))
-
-
-__all__ = ["composition_chart", "damage_chart", "legend", "memory_charts", "type_map"]

@@ -157,6 +157,3 @@ def _is_store(path: Path) -> bool:
             return file.read(len(_SQLITE)) == _SQLITE
     except OSError as err:
         raise BadFile(f"{path} cannot be read: {err.strerror}") from err
-
-
-__all__ = ["compare", "design", "subject_of", "sweep"]

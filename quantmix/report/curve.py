@@ -329,6 +329,3 @@ def _shape(kind: str, x: float, y: float, *, below: bool) -> str:
 
 def _path(points: Sequence[tuple[float, float]]) -> str:
     return "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
-
-
-__all__ = ["kld_chart", "residual_chart", "rise_chart", "rise_spots"]

@@ -136,6 +136,3 @@ def _shorten(address: str) -> str:
 
 def _cell(tag: str, style: str, content: str) -> str:
     return f'<{tag} class="{style}">{content}</{tag}>' if style else f"<{tag}>{content}</{tag}>"
-
-
-__all__ = ["Book", "both", "called", "facts", "figure", "keys", "page", "source_link", "table"]

@@ -292,6 +292,3 @@ def _role_tables(book: Book, names: Sequence[str]) -> list[str]:
             rows.append([called(row["role"]), *cells])
         body.append(table(("tensors", *(heads[j] for j in group)), rows, "t" + "n" * len(group)))
     return body
-
-
-__all__ = ["compare_page", "design_page", "sweep_page"]

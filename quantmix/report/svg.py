@@ -144,6 +144,3 @@ def _log_ticks(low: float, high: float, most: int) -> list[float]:
     if len(best) < 2:
         return [v for v in Scale(low, high, 0, 1)._linear(most) if v > 0]
     return best
-
-
-__all__ = ["Labels", "Scale", "drawing", "hover", "tag", "text"]
