@@ -186,6 +186,7 @@ class Frontier:
         points: ascending in size. knee: index of the point farthest below the chord of the
             shown range, in predicted rise against bytes.
         published: mixes that others measured, those in the range and those outside.
+        unplaced: labels of those whose size nobody stated.
     """
 
     sweep: Sweep

@@ -27,6 +27,7 @@ class Prediction:
         roles: per role its damage in nats and its bytes, largest damage first.
         unmatched: quantizable tensors that the recipe does not mention, kept as in the source.
         fallbacks: (tensor, asked, written) where the engine would write another type.
+        types: of every tensor of the file, in its order.
     """
 
     size: Size

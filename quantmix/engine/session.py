@@ -69,7 +69,7 @@ class Session:
         n_ctx: tokens per chunk.
         n_seq: chunks per decode; fewer when their logits would pass 256 MiB.
         threads: compute threads; default all CPUs of the process.
-        mmap: map the weights; False gives private copies that `set_weights` may change.
+        mmap: map the weights; False gives private copies, which `hotswap` may change.
         on_node: evaluation callback `(tensor pointer, ask) -> bool`, see `imatrix`.
         fused: let the engine fuse up and gate; False shows every matmul to `on_node`.
         reuse: keep the compute graph between decodes; off when weights change type in between.

@@ -48,6 +48,7 @@ class GgmlType:
         writable: whether a real quantization run can write it.
         cuda, mmq: has a CUDA matmul kernel; has the fast prompt kernel (MMQ).
         slow_cpu: decoding it on a CPU is bound by compute, not by memory bandwidth.
+        cpu_gparams: weights that one Zen 4 core decodes, 1e9 per second; None: bandwidth decides.
         family: `float`, `legacy`, `k`, `iq`, `iqk`, `trellis`, `ternary` or `internal`.
     """
 

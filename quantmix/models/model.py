@@ -134,6 +134,7 @@ class Model:
         source: `catalog`, or where the header came from.
         header_bytes: exact size of header and padding when a real header was read, else None.
         display: name for people.
+        notes: what was assumed of it, one sentence each.
     """
 
     id: str

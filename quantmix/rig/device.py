@@ -17,6 +17,7 @@ class Device:
         card: key in the device table, or a size such as `24G`.
         bandwidth_gbs: theoretical memory bandwidth in 1e9 bytes per second, None when unknown.
         efficiency: share of the bandwidth reached when generating tokens (fitted), None unknown.
+        int8_tops: dense int8 operations, 1e12 per second, None unknown.
         reserve_bytes: overrides the automatic reserve.
     """
 
