@@ -191,7 +191,7 @@ def _load(
         gpu_layers=model.layers if mode != "cpu" else 0,
         cpu_layers=model.layers if mode == "cpu" else 0,
         cpu_expert_layers=_cpu_expert_layers(raw, model) if hybrid else 0,
-        decode_gparams=_decode(qtype, cpu_params) if mode != "gpu" else 0.0,
+        decode_core_seconds=_decode(qtype, cpu_params) if mode != "gpu" else 0.0,
         cores=int(float(raw.get("cpu_cores") or 16)),
         isa=class_of("isa", raw["cpu"]),
         all_cores=(_number(raw, "threads") or 0) >= (_number(raw, "cpu_cores") or 1e9),

@@ -316,7 +316,7 @@ def _prompt_tps(
         gpu_layers=0,
         cpu_layers=0,
         cpu_expert_layers=0,
-        decode_gparams=0.0,
+        decode_core_seconds=0.0,
         cores=rig.cpu_cores or ASSUMED_CORES,
         isa=_isa(rig),
         active_params=on_cpu + sum(on_gpu.values()),

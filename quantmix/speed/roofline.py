@@ -54,8 +54,8 @@ class Load:
         gpus: one reader per GPU in use. cpu: the host's reader, None when it reads nothing.
         gpu_layers: layers whose attention runs on a GPU. cpu_layers: layers wholly on the CPU.
         cpu_expert_layers: layers on a GPU whose experts are in RAM.
-        decode_gparams: active params in RAM over their type's rate, in core-seconds · 1e0:
-            Σ params / (rate · 1e9), to be divided by cores and kappa.
+        decode_core_seconds: Σ params in RAM / (their type's rate · 1e9) per token, to be divided by
+            cores and kappa.
         cores, isa: of the CPU. all_cores: as many threads as cores, none left for the system.
         quantized_cache: the KV cache is not 16-bit: a little slower on a GPU.
         active_params: all params used per token; cpu_params: those in RAM.
@@ -69,7 +69,7 @@ class Load:
     gpu_layers: int
     cpu_layers: int
     cpu_expert_layers: int
-    decode_gparams: float
+    decode_core_seconds: float
     cores: int
     isa: str
     all_cores: bool = False
@@ -112,7 +112,7 @@ def token_seconds(load: Load, constants: Constants) -> float:
     if load.cpu is not None:
         rate = load.cpu.bandwidth_gbs * _GB
         read = load.cpu.weights_bytes / (efficiency(constants, load.cpu, "eta_cpu") * rate)
-        decode = load.decode_gparams / (load.cores * constants[("kappa", load.isa)])
+        decode = load.decode_core_seconds / (load.cores * constants[("kappa", load.isa)])
         t += max(read, decode) * (constants[("full", "cpu")] if load.all_cores else 1.0)
         t += load.cpu.kv_bytes / (constants[("eta_kv_cpu", latent)] * rate)
     return t
