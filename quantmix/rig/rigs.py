@@ -244,6 +244,9 @@ def _build(doc: dict[str, Any], stem: str) -> RigFile:
     base = parse_gpus(gpus) if gpus else Rig(gpus=(), host=_host(None, None))
     cpu = find_card(doc["cpu"], "cpu", "uma") if doc.get("cpu") else None
     ram = parse_memory(doc["ram"], "ram") if doc.get("ram") else None
+    desktop = doc.get("desktop", False)
+    if not isinstance(desktop, bool):
+        raise UsageError(f"desktop = {desktop!r} must be true or false")
     if not gpus and ram is None:
         raise UsageError("neither `gpus` nor `ram` is given")
     if doc.get("reserve"):
@@ -256,7 +259,7 @@ def _build(doc: dict[str, Any], stem: str) -> RigFile:
         cpu_cores=_number(doc, "cpu_cores", int),
         cpu_class=cpu.arch if cpu else "",
         pcie_gbs=_number(doc, "pcie_gbs", float),
-        desktop=bool(doc.get("desktop", False)),
+        desktop=desktop,
         ram_reserve_bytes=(
             parse_size(doc["ram_reserve"], "ram_reserve") if doc.get("ram_reserve") else None
         ),

@@ -160,6 +160,7 @@ def test_rig_files_and_their_errors(tmp_path: Path) -> None:
         ("name = 'x'", "neither"),
         ("gpus = ", "cannot be read"),
         ("gpus = 3", "mine.toml"),
+        ('gpus = "1x24G"\ndesktop = "no"', "desktop = 'no' must be true or false"),
     ]:
         file.write_text(text)
         with pytest.raises(BadFile, match=part):
