@@ -139,7 +139,7 @@ def main() -> None:
     section = document["sections"][0]
     asked.into.mkdir(parents=True, exist_ok=True)
     write_text(asked.into / "smollm2-demo.html", pages.sweep_page(document))
-    figures.save(figures.curve_figure(section), asked.into / "smollm2-demo.png")
+    figures.save_curve(section, asked.into / "smollm2-demo.png")
     compared = verdicts(section)
     write_text(asked.into / "smollm2-demo.json", json.dumps(compared, indent=1) + "\n")
     better = sum(r["kld_lower"] for r in compared)

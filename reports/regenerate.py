@@ -71,7 +71,7 @@ def make_report(series: Series, recipes: Path, into: Path) -> str:
     document = data.sweep_document([subject])
     section = document["sections"][0]
     write_text(into / f"{series.model}.html", pages.sweep_page(document))
-    figures.save(figures.curve_figure(section), into / f"{series.model}.png")
+    figures.save_curve(section, into / f"{series.model}.png")
     return (
         f"## {section['name']}\n\n![perplexity against size]({series.model}.png)\n\n"
         f"{card_table(section)}\n[The whole page]({series.model}.html): the frontier in numbers, "

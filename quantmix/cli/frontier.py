@@ -73,7 +73,7 @@ def _plot(name: str, document: dict[str, Any], file: Path) -> None:
     from quantmix.report import figures
 
     section = {"name": name, "frontier": document, "recipes": [], "measured": []}
-    figures.save(figures.curve_figure(section), file)
+    figures.save_curve(section, file)
 
 
 def _print(out: Console, result: Frontier) -> None:

@@ -120,7 +120,7 @@ def _finish(
     if plot is not None:
         from quantmix.report import figures
 
-        figures.save(figures.curve_figure(section), plot)
+        figures.save_curve(section, plot)
     write_text(out, page)
     if as_json:
         where = {"page": str(out), "plot": str(plot) if plot else None}

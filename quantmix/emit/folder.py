@@ -106,7 +106,7 @@ def _write_texts(recipe: Recipe, folder: Path) -> None:
 
 
 def _write_figures(recipe: Recipe, folder: Path) -> None:
-    from quantmix.report import figures
+    from quantmix.emit import figures
 
     if recipe.devices:
         figures.save(figures.memory_figure(recipe), folder / _MEMORY)

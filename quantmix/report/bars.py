@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from quantmix.emit.figures import COMPONENTS
 from quantmix.report.colours import by_bits
-from quantmix.report.figures import COMPONENTS
 from quantmix.report.svg import Scale, drawing, hover, tag, text
 from quantmix.report.words import say
 from quantmix.units import GIB

@@ -10,10 +10,10 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from quantmix.emit.figures import bits
 from quantmix.emit.readme import mix_rows
 from quantmix.errors import BadFile, QuantmixError, UsageError
 from quantmix.ggml.types import FLOATS
-from quantmix.report.figures import bits
 from quantmix.units import GIB
 
 if TYPE_CHECKING:

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
+from quantmix.emit.figures import COMPONENTS
 from quantmix.report.bars import legend, type_map
 from quantmix.report.curve import kld_chart, residual_chart, rise_chart
-from quantmix.report.figures import COMPONENTS
 from quantmix.report.html import Book, both, called, figure, keys, source_link, table
 from quantmix.report.svg import tag
 
