@@ -7,7 +7,8 @@ engine then computes with the very kernels and bytes of a really quantized file,
 the same too. (Writing dequantized weights back instead, as first tried, misses the quantization of
 activations: KLD 2-5% low.)
 
-The graph must be rebuilt for every decode (`graph_reuse` off). A native assert ends the process:
+The graph must be rebuilt for every decode (`graph_reuse` off), and the context with every mix
+(`Session.renew`). A native assert ends the process:
 use only inside `child` tasks.
 """
 
@@ -182,6 +183,7 @@ class Swapper:
         self._copies = session.weight_addresses(set(weights.tensors))
         self._now: dict[str, str] = {}
         self._errors: dict[str, float] = {}
+        self._stale = False
 
     def set_mix(self, mix: Mapping[str, str]) -> dict[str, float]:
         """Make the loaded model the source with `mix` (tensor → type) applied; nothing else.
@@ -203,6 +205,9 @@ class Swapper:
             made = self._quantizer.quantize(name, asked)
             self._store(name, made.type, made.data)
             self._now[name], self._errors[name] = made.type.name, made.error
+        if self._stale:
+            self._session.renew()
+            self._stale = False
         return {name: self._errors[name] for name in mix}
 
     def unseen(self, names: Iterable[str]) -> list[str]:
@@ -212,6 +217,7 @@ class Swapper:
     def _store(self, name: str, kind: GgmlType, raw: NDArray[np.uint8]) -> None:
         """Give every loaded copy of a tensor this type and these bytes."""
         lib = self._session.lib
+        self._stale = True
         for address in self._copies.get(name, []):
             tensor = native.Tensor.from_address(address)
             tensor.type = kind.id

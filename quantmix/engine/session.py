@@ -71,6 +71,7 @@ class Session:
         fits = max(1, _LOGITS_BYTES // (4 * self.n_vocab * (n_ctx // 2)))
         self.n_seq = max(1, min(n_seq, fits))
         self._reuse = reuse
+        self._fused = fused
         self._threads = threads or default_threads()
         self._buffers = _BatchBuffers(self.n_seq, n_ctx)
         self._open_context(on_node, fused)
@@ -95,6 +96,15 @@ class Session:
         if not self._ctx:
             self.close()
             raise EngineError("the engine could not make a context: out of memory?")
+
+    def renew(self) -> None:
+        """Make the context again, after weights changed type.
+
+        The engine places a graph by the one before when both have as many nodes; but up and gate
+        are one node where their types agree and several where not, so that with other types nodes
+        of one number may be others: a crash, or one buffer over another.
+        """
+        self._open_context(None, fused=self._fused)
 
     def __enter__(self) -> Session:
         return self
