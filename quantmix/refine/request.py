@@ -128,7 +128,12 @@ def prepare(
     recipe = load(job.recipe)
     folder = job.recipe if job.recipe.is_dir() else job.recipe.parent
     weights = open_weights(job.source)
-    require_float(weights, mix_of(recipe, weights))
+    mix = mix_of(recipe, weights)
+    require_float(weights, mix)
+    if not mix:
+        raise UsageError(
+            f"{job.source} is already quantized as the recipe says: give the bf16 or f16 model"
+        )
     if job.imatrix:
         read_imatrix(job.imatrix, weights)
     named = name or f"{recipe.name or folder.name}-refined"
