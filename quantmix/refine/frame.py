@@ -86,9 +86,14 @@ def limits_of(recipe: Recipe, types: Sequence[str], *, imatrix: bool) -> TypeLim
         types: the palette instead, when not empty.
     """
     told = recipe.budget.get("limits") or {}
-    names = tuple(types) or tuple(told.get("types") or ())
     engine = model_engine(recipe)
-    used = sorted({t.type for t in recipe.tensors if table(engine)[t.type].is_quantized})
+    known = table(engine)
+    names = tuple(types) or tuple(
+        n
+        for n in told.get("types") or ()
+        if imatrix or n not in known or known[n].imatrix in ("no", "advised")
+    )
+    used = sorted({t.type for t in recipe.tensors if known[t.type].is_quantized})
     if not names and not set(used) <= {t.name for t in default_palette(engine)}:
         names = tuple(used)
     rules = [m.groups() for c in recipe.optimality.constraints if (m := _RULE.fullmatch(c))]

@@ -77,14 +77,15 @@ class Engine:
         self.asked: list[tuple[dict[str, str], Place]] = []
         self._rng = np.random.default_rng(0)
 
-    def kld(self, mix: Mapping[str, str], place: Place = Place(0, 4)) -> float:
+    def kld(self, mix: Mapping[str, str], place: Place | None = None) -> float:
         """The mean KLD of a mix."""
         palette = self.frame.choices.palette
         column = {q.name: j for j, q in enumerate(palette.types)}
         total = 0.0
         for i, t in enumerate(self.frame.model.tensors):
             if t.name in mix:
-                factor = self.truth.get(t.role, 1.0) * self.text(t.role, place)
+                factor = self.truth.get(t.role, 1.0)
+                factor *= self.text(t.role, place) if place else 1.0
                 total += factor * float(palette.damage[i, column[mix[t.name]]])
         return total
 
