@@ -26,12 +26,13 @@ from quantmix.refine.frame import Frame
 from quantmix.refine.probes import parts_of, probes_of
 from quantmix.refine.results import Results
 from quantmix.refine.search import Found, n_passes
+from quantmix.refine.swaps import REACHES
 from quantmix.refine.worker import Job
 
-# On two busy cores (batch/costs.csv): seconds per weight and token of a pass, per weight quantized.
-_PASS_SECONDS: Final = 5.3e-11
-_QUANTIZE_SECONDS: Final = 1.1e-6
-_CORES: Final = 2
+# One thread on the demo model: seconds per weight and token of a pass, per weight quantized (types
+# of 2 to 6 bits, trellis types take several times as long).
+_PASS_SECONDS: Final = 2.1e-11
+_QUANTIZE_SECONDS: Final = 6e-7
 
 
 @dataclass(frozen=True)
@@ -243,6 +244,7 @@ def _seconds(job: Job, frame: Frame, passes: int, judged: int) -> float:
         groups = np.flatnonzero(probe.choice != frame.start)
         members = [m for g in groups for m in frame.choices.groups[g].members]
         changed += sum(model.tensors[m].n_elements for m in members)
-    quantized = weights + settings.rounds * changed
-    share = _CORES / (job.threads or default_threads())
-    return math.ceil(share * (tokens * active * _PASS_SECONDS + quantized * _QUANTIZE_SECONDS))
+    # A candidate changes about half of all weights.
+    quantized = weights + settings.rounds * (changed + weights * len(REACHES) / 2)
+    work = tokens * active * _PASS_SECONDS + quantized * _QUANTIZE_SECONDS
+    return math.ceil(work / (job.threads or default_threads()))

@@ -18,7 +18,7 @@ from quantmix.refine import factors as fitting
 from quantmix.refine.factors import Measured
 from quantmix.refine.frame import Frame
 from quantmix.refine.probes import Part, parts_of, probes_of
-from quantmix.refine.swaps import candidates
+from quantmix.refine.swaps import REACHES, candidates
 from quantmix.solve.problem import IntArray
 
 SURE: Final = 2.0
@@ -212,4 +212,4 @@ def n_passes(frame: Frame, settings: Settings) -> tuple[int, int]:
     """
     parts = parts_of(frame, settings.by, settings.bands)
     probes = len(probes_of(frame, parts, frame.start))
-    return settings.rounds * (1 + probes + 3) + 1, 3
+    return settings.rounds * (probes + len(REACHES)) + 2, 3
