@@ -14,6 +14,7 @@ from quantmix.solve.solver import solve
 
 REACHES: Final = (1, 2, 4)
 """Steps that a group may move in one round; each gives a candidate."""
+_MORE: Final = 1.05  # a bolder candidate promises so many times what the one before does
 
 
 def problem_of(frame: Frame, change: FloatArray, now: IntArray, reach: int) -> Problem:
@@ -47,7 +48,8 @@ def candidates(
 ) -> list[tuple[IntArray, float, Solution]]:
     """Return mixes worth trying, each with the change of KLD that is expected, most cautious first.
 
-    None costs a byte more on any device than the recipe does; `now` itself is not among them.
+    None costs a byte more on any device than the recipe does; each promises a gain, and clearly
+    more than the one before it.
     """
     found: list[tuple[IntArray, float, Solution]] = []
     rows = np.arange(len(now))
@@ -57,8 +59,7 @@ def candidates(
             continue
         choice = solution.choice
         gain = float(change[rows, choice].sum())
-        seen = [now, *(c for c, _, _ in found)]
-        if gain < 0.0 and not any(np.array_equal(choice, c) for c in seen):
+        if gain < _MORE * (found[-1][1] if found else 0.0):
             found.append((choice, gain, solution))
     return found
 
