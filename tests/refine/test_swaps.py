@@ -162,7 +162,7 @@ def test_a_mix_that_the_engine_cannot_have_costs_itself_only(plain: Frame) -> No
     assert search(plain, SMALL, lambda mix, place, what: None) is None
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(
     st.lists(st.floats(0.05, 20.0), min_size=len(ROLES), max_size=len(ROLES)),
     st.sampled_from(["file", "devices", "experts"]),
