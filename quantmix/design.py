@@ -260,7 +260,11 @@ def _assemble(
         settings,
         tensors,
         name=options.name or f"{model.id}-{slug(budget.label)}",
-        budget={"label": budget.label, "ideal": bool(budget.rig and budget.rig.ideal)},
+        budget={
+            "label": budget.label,
+            "ideal": bool(budget.rig and budget.rig.ideal),
+            **_unusual(options.limits),
+        },
         devices=devices,
         quality=quality,
         optimality=_optimality(answer, quality.damage),
@@ -363,6 +367,16 @@ def _optimality(answer: _Answer, objective: float) -> Optimality:
         given_for_speed=objective - least if objective - least > 1e-9 * objective else 0.0,
         holds_for=holds_for,
     )
+
+
+def _unusual(limits: TypeLimits) -> dict[str, Any]:
+    """Return the limits that no constraint names, where they are not the usual ones.
+
+    `refine` keeps to them.
+    """
+    told = {"types": list(limits.types), "allow_slow_cpu": limits.allow_slow_cpu}
+    found = {k: v for k, v in told.items() if v}
+    return {"limits": found} if found else {}
 
 
 def _warn_fallbacks(quality: Quality, palette: Palette, options: Options) -> Quality:

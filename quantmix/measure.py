@@ -8,7 +8,7 @@ native crash costs only the probe that caused it.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -131,7 +131,7 @@ def measure(
         EngineError: the engine fails even before the first probe.
     """
     weights = open_weights(run.source)
-    _require_float(weights, run.groups)
+    require_float(weights, (name for group in run.groups for name in group.tensors))
     if run.imatrix:
         read_imatrix(run.imatrix, weights)
     wanted = {g.key for g in run.groups}
@@ -242,15 +242,19 @@ def _open_results(run: Run, weights: WeightsFile, out: Path) -> Measurements:
     return replace(stored, chunks=run.chunks)
 
 
-def _require_float(weights: WeightsFile, groups: Sequence[Group]) -> None:
+def require_float(weights: WeightsFile, names: Iterable[str]) -> None:
+    """Refuse a source in which one of these tensors is quantized already.
+
+    Raises:
+        UsageError: names the first.
+    """
     kinds = weights.types()
-    for group in groups:
-        for name in group.tensors:
-            if types.get(kinds[name]).family != "float":
-                raise UsageError(
-                    f"{weights.path.name} is already quantized ({name} is {kinds[name]}): measure "
-                    "on the bf16 or f16 model"
-                )
+    for name in names:
+        if types.get(kinds[name]).family != "float":
+            raise UsageError(
+                f"{weights.path.name} is already quantized ({name} is {kinds[name]}): measure "
+                "on the bf16 or f16 model"
+            )
 
 
 def read_imatrix(path: Path, weights: WeightsFile) -> imatrices.Imatrix:

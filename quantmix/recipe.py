@@ -160,14 +160,16 @@ class Recipe:
     quantmix: str = ""
     check: dict[str, Any] | None = None
     budget: dict[str, Any] = field(default_factory=dict)
+    refined: dict[str, Any] | None = None
+    """What `refine` measured, for a recipe that it made; the key is left out of others."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the document as plain JSON values, keys in CONTRACT order."""
         doc: dict[str, Any] = {"schema": SCHEMA, "quantmix": self.quantmix, "created": self.created}
         for f in fields(self):
-            if f.name in ("quantmix", "created", "tensors"):
-                continue
             value = getattr(self, f.name)
+            if f.name in ("quantmix", "created", "tensors") or (f.name, value) == ("refined", None):
+                continue
             doc[f.name] = _plain(value)
         doc["tensors"] = [_plain(t) for t in self.tensors]
         return doc
@@ -219,6 +221,7 @@ class Recipe:
                 quantmix=doc.get("quantmix", ""),
                 check=doc.get("check"),
                 budget=doc.get("budget", {}),
+                refined=doc.get("refined"),
             )
         except (KeyError, TypeError, AttributeError) as err:
             raise BadFile(f"not a quantmix recipe: {err!r} while reading it") from err

@@ -26,6 +26,7 @@ _MODULES = (
     "imatrix",
     "verify",
     "measure",
+    "refine",
     "batch",
     "predict",
     "frontier",

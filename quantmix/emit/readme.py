@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 from math import expm1
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from quantmix.emit.rules import section_of
 from quantmix.emit.scripts import shell_line
@@ -30,6 +31,7 @@ def readme(recipe: Recipe) -> str:
         "|---|---|",
         f"| Size | {gib(size.tensor_bytes)} of tensors, {size.bpw:.4f} bits per weight |",
         f"| Quality | {quality_text(recipe.quality)} |",
+        *([f"| Measured | {refined_text(recipe.refined)} |"] if recipe.refined else []),
         f"| Context | {recipe.settings.ctx}, KV {recipe.settings.ctk}/{recipe.settings.ctv} |",
         f"| Proven | {_proof(recipe)} |",
     ]
@@ -67,6 +69,16 @@ def quality_text(q: Quality) -> str:
     return f"{text}; basis: {q.basis}"
 
 
+def refined_text(refined: Mapping[str, Any]) -> str:
+    """Return in words what `refine` measured on chunks that chose nothing."""
+    return (
+        f"KLD {refined['kld']:.5f} ± {refined['kld_err']:.5f} nats on {refined['chunks']} held-out "
+        f"chunks of {refined['n_ctx']} tokens, {refined['difference']:+.5f} ± "
+        f"{refined['difference_err']:.5f} (paired) against {refined['from']}, from which "
+        f"{refined['swaps']} tensors differ"
+    )
+
+
 def mix_rows(recipe: Recipe) -> list[tuple[str, str, int]]:
     """Return (role, types with layers counted, bytes), in the order of the recipe's sections."""
     by_role: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
@@ -91,7 +103,9 @@ def _engine_name(recipe: Recipe) -> str:
 
 def _proof(recipe: Recipe) -> str:
     o = recipe.optimality
-    gap = f"within {o.gap:.1e} of the proven bound"
+    gap = "better than the recipe it came from, as measured; no bound is proven"
+    if not recipe.refined:
+        gap = f"within {o.gap:.1e} of the proven bound"
     if o.given_for_speed:
         gap += f" before {o.given_for_speed:.5f} nats were given for speed"
     check = recipe.check or {}

@@ -7,7 +7,8 @@ engine then computes with the very kernels and bytes of a really quantized file,
 the same too. (Writing dequantized weights back misses the quantization of activations: KLD 2-5%
 low.)
 
-The graph must be rebuilt for every decode (`graph_reuse` off). A native assert ends the process:
+The graph must be rebuilt for every decode (`graph_reuse` off), and the context with every mix
+(`Session.renew`). A native assert ends the process:
 use only inside `child` tasks.
 """
 
@@ -182,11 +183,14 @@ class Swapper:
         self._quantizer = quantizer
         self._copies = session.weight_addresses(set(weights.tensors))
         self._now: dict[str, str] = {}
+        self._errors: dict[str, float] = {}
+        self._stale = False
 
     def set_mix(self, mix: Mapping[str, str]) -> dict[str, float]:
         """Make the loaded model the source with `mix` (tensor → type) applied; nothing else.
 
-        Tensors whose type is already in place are left alone, others are restored or swapped.
+        Tensors whose type is already in place are left alone and not quantized again, others are
+        restored or swapped.
 
         Returns:
             tensor → weighted relative error, for the tensors of `mix`.
@@ -195,15 +199,17 @@ class Swapper:
             source = self._weights.tensors[name][0].type
             self._store(name, source, np.frombuffer(self._weights.read(name), np.uint8))
             del self._now[name]
-        errors = {}
         for name, asked in mix.items():
-            made = self._quantizer.quantize(name, asked)
-            errors[name] = made.error
-            if self._now.get(name) == made.type.name:
+            shape = self._weights.tensors[name][0].shape
+            if self._now.get(name) == types.resolve(asked, name, shape).name:
                 continue
+            made = self._quantizer.quantize(name, asked)
             self._store(name, made.type, made.data)
-            self._now[name] = made.type.name
-        return errors
+            self._now[name], self._errors[name] = made.type.name, made.error
+        if self._stale:
+            self._session.renew()
+            self._stale = False
+        return {name: self._errors[name] for name in mix}
 
     def unseen(self, names: Iterable[str]) -> list[str]:
         """Return those of `names` that the graph never reads, so swapping them does nothing."""
@@ -212,6 +218,7 @@ class Swapper:
     def _store(self, name: str, kind: GgmlType, raw: NDArray[np.uint8]) -> None:
         """Give every loaded copy of a tensor this type and these bytes."""
         lib = self._session.lib
+        self._stale = True
         for address in self._copies.get(name, []):
             tensor = native.Tensor.from_address(address)
             tensor.type = kind.id

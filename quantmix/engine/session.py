@@ -102,6 +102,7 @@ class Session:
         self.n_vocab: int = self._lib.llama_n_vocab(self._model)
         self.n_seq = sequences(n_seq, n_ctx, self.n_vocab)
         self._reuse = reuse
+        self._fused = fused
         self._threads = threads or default_threads()
         self._buffers = BatchBuffers(self.n_seq, n_ctx)
         self._open_context(on_node, fused)
@@ -126,6 +127,15 @@ class Session:
         if not self._ctx:
             self.close()
             raise EngineError("the engine could not make a context: out of memory?")
+
+    def renew(self) -> None:
+        """Make the context again, after weights changed type.
+
+        The engine places a graph by the one before when both have as many nodes; but up and gate
+        are one node where their types agree and several where not, so that with other types nodes
+        of one number may be others: a crash, or one buffer over another.
+        """
+        self._open_context(None, fused=self._fused)
 
     def __enter__(self) -> Session:
         return self

@@ -168,3 +168,26 @@ def test_experts(tiny_moe: Path, text: Path, tmp_path: Path) -> None:
     for (role, kind), kld in swapped.items():
         written = _by_file(tiny_moe, imatrix, role, kind, text, tmp_path / "q.gguf")
         assert kld == pytest.approx(written, rel=1e-3, abs=2e-7), (role, kind)
+
+
+def test_what_was_in_the_model_before_leaves_no_trace(
+    tiny: Path, tiny_imatrix: Path, text: Path, tmp_path: Path
+) -> None:
+    """Up and gate fused in one layer, then in the other: as many nodes in the graph, but others."""
+    weights = open_weights(tiny)
+
+    def mix(first: str, second: str) -> dict[str, str]:
+        gates = {"blk.0.ffn_gate.weight": first, "blk.1.ffn_gate.weight": second}
+        return {**gates, "blk.0.ffn_up.weight": "q3_K", "blk.1.ffn_up.weight": "q4_K"}
+
+    groups = measure.groups_of(weights, "role", ["q3_K"], roles=["ffn_gate"])
+    found = [
+        measure.measure(
+            measure.Run(tiny, text, tiny_imatrix, groups, around, chunks=2, threads=1),
+            tmp_path / f"{name}.json",
+        )
+        for name, around in (("other", mix("q2_K", "q4_K")), ("same", mix("q3_K", "q3_K")))
+    ]
+    assert not found[0].failed
+    assert found[0].probes[0].kld == pytest.approx(found[1].around_kld, rel=1e-6)
+    assert found[0].around_kld != pytest.approx(found[1].around_kld, rel=1e-2)

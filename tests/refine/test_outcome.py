@@ -1,0 +1,77 @@
+"""The recipe that a search ends in."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from quantmix.emit.folder import write_folder
+from quantmix.engine.ghost import static_problems
+from quantmix.models.model import Model
+from quantmix.recipe import Recipe, load
+from quantmix.refine import outcome
+from quantmix.refine.frame import limits_of
+from quantmix.refine.search import Found, Settings, search
+
+from .conftest import Engine, frame, in_file, on_devices
+
+CONDITIONS = {"corpus": "0" * 64, "engine": "made up"}
+TRUTH = {"attn_v": 8.0, "ffn_down": 5.0, "ffn_down_exps": 5.0, "ffn_up": 0.2, "attn_q": 0.1}
+
+
+def refined(recipe: Recipe, model: Model) -> tuple[Recipe, Found]:
+    """Refine with a made-up engine."""
+    made = frame(recipe, model)
+    settings = Settings(chunks=4, held_out=8, rounds=2, by="tensor")
+    found = search(made, settings, Engine(made, TRUTH))
+    assert found is not None
+    assert found.accepted
+    return outcome.refined_recipe(recipe, made, found, "better", CONDITIONS, 512), found
+
+
+@pytest.mark.parametrize("which", ["file", "devices", "experts"])
+def test_it_fits_where_the_recipe_did(model: Model, moe: Model, tmp_path: Path, which: str) -> None:
+    """Homes, buffers and flags stay; types and rules are new and agree; nothing is over."""
+    which_model = moe if which == "experts" else model
+    recipe = in_file(model) if which == "file" else on_devices(which_model)
+    made, found = refined(recipe, which_model)
+    assert static_problems(made, which_model) == ()
+    assert made.size.tensor_bytes <= recipe.size.tensor_bytes
+    homes = {t.name: t.device for t in recipe.tensors}
+    assert {t.name: t.device for t in made.tensors} == homes
+    assert made.offload["flags"] == recipe.offload["flags"]
+    for before, after in zip(recipe.devices, made.devices, strict=True):
+        assert after.used_bytes <= before.used_bytes
+        if after.capacity_bytes is not None:
+            assert after.free_bytes == after.capacity_bytes - after.used_bytes
+        same = replace(after, weights_bytes=before.weights_bytes, free_bytes=before.free_bytes)
+        assert same == before
+    assert made.rules != recipe.rules
+    assert made.quality.basis == "measured"
+    assert found.after is not None
+    assert made.quality.damage == pytest.approx(found.after.mean)
+    assert made.optimality.objective == made.quality.damage
+    write_folder(made, tmp_path / "better", figures=False)
+    assert load(tmp_path / "better").refined == made.refined
+    text = (tmp_path / "better" / "README.md").read_text()
+    assert "no bound is proven" in text
+    assert f"from which {len(outcome.swaps_of(recipe, made.tensors))} tensors differ" in text
+
+
+def test_a_refined_recipe_can_be_refined(model: Model) -> None:
+    """It keeps the limits of the first one, so that a second run starts from the same options."""
+    recipe = in_file(model, pins=(("attn_k", "q6_K"),))
+    made, _ = refined(recipe, model)
+    assert limits_of(made, (), imatrix=True) == limits_of(recipe, (), imatrix=True)
+    assert frame(made, model).capacity[0] <= frame(recipe, model).capacity[0]
+
+
+def test_without_an_imatrix_types_that_need_one_are_left_out(model: Model) -> None:
+    """Of the types that the recipe was allowed."""
+    recipe = in_file(model)
+    told = {"limits": {"types": ["q8_0", "iq2_xxs", "q4_K"]}}
+    recipe = replace(recipe, budget={**recipe.budget, **told})
+    assert limits_of(recipe, (), imatrix=False).types == ("q8_0", "q4_K")
+    assert limits_of(recipe, (), imatrix=True).types == ("q8_0", "iq2_xxs", "q4_K")
