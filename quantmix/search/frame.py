@@ -77,11 +77,11 @@ class FrameSearch(Search):
             every = replace(none, cpu_experts=self._movable(none.layer_device))
             memory = self._device_memory(none), self._device_memory(every)
             fixed, n_layers = self.timing.fixed(none), none.layer_device.count(HOST)
-            twice = [m[-1].duplicate_embedding for m in memory]
-            for doubled in sorted(set(twice)):
-                # A tied head in RAM is held twice as soon as experts are there: then two cases.
-                at = [i for i in (0, 1) if twice[i] == doubled]
-                key = none.output_device, doubled
+            # As soon as experts are in RAM a GPU holds a copy of one, and RAM may hold a tied head
+            # twice; more experts there need no more. What none of them leaves is a case of its own.
+            apart = _beside_weights(memory[0]) != _beside_weights(memory[1])
+            for at in ([0], [1]) if apart else ([0, 1],):
+                key = none.output_device, memory[at[0]][-1].duplicate_embedding
                 try:
                     if key not in outside:
                         outside[key] = self._choices((none, every)[at[0]], memory[at[0]])
@@ -254,6 +254,12 @@ class FrameSearch(Search):
             and t.role in roles
             and devices[t.layer] != HOST
         )
+
+
+def _beside_weights(memory: Sequence[DeviceMemory]) -> tuple[bool, bool]:
+    """Return whether a GPU copies experts from RAM, and whether RAM holds a tied head twice."""
+    copies = any(r.coefficient for m in memory for r in m.compute)
+    return copies, memory[-1].duplicate_embedding
 
 
 def rounded_down(counts: Sequence[float]) -> list[int]:

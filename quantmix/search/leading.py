@@ -370,7 +370,7 @@ def _grid(top: float, factor: float) -> FloatArray:
 def _levels(counts: Sequence[Count], sizes: FloatArray) -> tuple[FloatArray, FloatArray]:
     """Return the ranges of the largest expert tensor in RAM, (Z,) low and high ends."""
     highest = float(sizes.max(initial=0.0))
-    buffers = [m for c in counts[:1] for some in c.memory for m in some]
+    buffers = [m for c in counts for some in c.memory for m in some]
     if not any(r.coefficient for m in buffers for r in m.compute):
         return np.zeros(1), np.array([highest])
     each = np.unique(np.concatenate([[0.0], sizes]))
