@@ -43,6 +43,7 @@ class Frame:
     GPU keeps there.
     """
 
+    slots: int
     placement: Placement
     movable: frozenset[int]
     choices: Choices
@@ -175,7 +176,9 @@ class FrameSearch(Search):
             return None
         relaxed, at = found
         kept = self._kept_by(choices, relaxed.x)
-        return Frame(placement, movable, choices, capacities, levels, at, relaxed, kept)
+        return Frame(
+            host_layers, placement, movable, choices, capacities, levels, at, relaxed, kept
+        )
 
     def _waiting(self, choices: Choices) -> Choices:
         """Return choices whose experts cost more seconds in RAM: the GPU waits for them."""

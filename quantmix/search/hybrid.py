@@ -15,17 +15,21 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from quantmix.memory.model import HOST
+from quantmix.memory.model import HOST, Placement
 from quantmix.search.base import QUICK, Tried, better
 from quantmix.search.choices import to_problem
 from quantmix.search.frame import COUPLED_TRIES, Frame, FrameSearch, nearest, rounded_down
 from quantmix.search.leading import Bounds, Layers
+from quantmix.search.placement import move_boundary
+from quantmix.search.splits import Split, Splits
 from quantmix.solve.bound import total
 from quantmix.solve.problem import FloatArray, Problem, Solution
 from quantmix.solve.solver import Limits, relax, relaxed_at_price, solve
 
 _MOST_COUNTS, _MOST_MISSES = 4, 8
 _FAR, _NEIGHBOURS = 1.25, 2  # times the relaxed damage; numbers of layers
+_MOST_SPLITS, _SPLITS_EACH = 6, 2
+_POLISH = 8  # placements tried around the best split
 _FAST_COUNTS, _FAST_MISSES = 3, 4
 _WORTH_A_LOOK = 5e-3  # of seconds
 _EQUALLY_FAST = 1.02  # of predicted seconds; then fewer layers in RAM are better
@@ -45,9 +49,92 @@ class HybridSearch(FrameSearch):
     def _least_damage(self, bounds: Bounds, possible: NDArray[np.bool_]) -> Tried:
         """Return the placement of least damage, solved quickly; the numbers that promise most.
 
-        Only `possible` (K,) numbers are looked at, and `bounds` get sharper on the way. What whole
-        layers cost is much the same for all numbers: one whose bound has used up a part of the gap
-        is not going to win. Where they cost far more than that, neighbours will not do better.
+        Only `possible` (K,) numbers are looked at, and `bounds` get sharper on the way.
+        """
+        best = self._of_splits(bounds, possible) or self._of_numbers(bounds, possible)
+        best = best or self._packed_mix()
+        return best or self._solve(self._placement(self._even_weights(), 0), QUICK)
+
+    def _of_splits(self, bounds: Bounds, possible: NDArray[np.bool_]) -> Tried | None:
+        """Return the best of the splits that the bounds of whole layers promise most of.
+
+        Levels and numbers of layers are looked at in the order of their bounds, while any is below
+        the best. None where nothing fits, or memory is no limit.
+        """
+        splits = Splits(bounds, self.model, self.rig, self.settings)
+        counts = bounds.layers.counts
+        wanted = possible[np.searchsorted(bounds.layers.slots, [c.slots for c in counts])]
+        waiting = np.broadcast_to(wanted, bounds.best.shape).copy()
+        coupled, n_solved = self.timing.min_tps is not None, 0
+        best: Tried | None = None
+        for _ in range(_MOST_SPLITS):
+            lower = np.where(waiting, bounds.best, np.inf)
+            z, c = (int(i) for i in np.unravel_index(int(lower.argmin()), lower.shape))
+            enough = np.inf if best is None else best.solution.objective * (1 - _NEAR)
+            if not lower[z, c] < enough:
+                break
+            waiting[z, c] = False
+            if coupled and (frame := self._frame(counts[c].slots)) is not None:
+                bounds.learn(*self._pooled(frame.relaxed.prices))
+            for split in splits.look(z, c)[: 1 if self._slow() else _SPLITS_EACH]:
+                if self._slow() and n_solved >= COUPLED_TRIES:
+                    break
+                placement = self._laid_out(split, counts[c].slots)
+                tried = self._solve(placement, QUICK, level=split.level)
+                n_solved += 1
+                if tried.fits and (best is None or better(tried.solution, best.solution)):
+                    best = tried
+        if best is None or self._slow():
+            return best
+        return self._polished(best if coupled else self._solve(best.placement, QUICK))
+
+    def _polished(self, best: Tried) -> Tried:
+        """Move single layers between GPUs, and experts to RAM and back, while that helps."""
+        level = best.solution.level if self.timing.min_tps is not None else None
+        seen = {(best.placement.layer_device, best.placement.cpu_experts)}
+        tries = 0
+        while tries < _POLISH:
+            for placement in self._near(best):
+                key = placement.layer_device, placement.cpu_experts
+                if key in seen:
+                    continue
+                seen.add(key)
+                tries += 1
+                tried = self._solve(placement, QUICK, level=level)
+                if tried.fits and better(tried.solution, best.solution):
+                    best = tried
+                    break
+            else:
+                break
+        return best
+
+    def _near(self, tried: Tried) -> Iterator[Placement]:
+        """Yield placements that relieve the GPU whose bytes cost most, or fill the cheapest one."""
+        prices = tried.solution.prices[: len(self.rig.gpus)]
+        device = tried.placement.layer_device
+        movable = self._movable(device)
+        keep = [
+            sum(device[i] == g and i not in tried.placement.cpu_experts for i in movable)
+            for g in range(len(prices))
+        ]
+        dear, cheap = int(prices.argmax()), int(prices.argmin())
+        steps = np.abs(np.diff(prices))
+        for left in np.argsort(-steps, kind="stable")[:2].tolist():
+            moved = move_boundary(device, left, towards_left=bool(prices[left + 1] > prices[left]))
+            if moved != device:
+                there = replace(tried.placement, layer_device=moved)
+                yield self._keeping(there, self._movable(moved), keep)
+        for gpu, by in ((dear, -1), (cheap, 1)):
+            other = [n + by * (g == gpu) for g, n in enumerate(keep)]
+            if other[gpu] >= 0:
+                yield self._keeping(tried.placement, movable, other)
+
+    def _of_numbers(self, bounds: Bounds, possible: NDArray[np.bool_]) -> Tried | None:
+        """Return the least damage of the numbers of layers that promise most, by their frames.
+
+        What whole layers cost is much the same for all numbers: one whose bound has used up a part
+        of the gap is not going to win. Where they cost far more than that, neighbours will not do
+        better.
         """
         best: Tried | None = None
         waiting = {int(k) for k in np.nonzero(possible)[0]}
@@ -78,8 +165,15 @@ class HybridSearch(FrameSearch):
                 continue
             if best is None or tried.solution.objective < best.solution.objective:
                 best = tried
-        best = best or self._packed_mix()
-        return best or self._solve(self._placement(self._even_weights(), 0), QUICK)
+        return best
+
+    def _laid_out(self, split: Split, host_layers: int) -> Placement:
+        """Return the placement of a split, with so many first slots in RAM."""
+        none = self._placement(self._even_weights(), host_layers)
+        on_gpu = [g for g, n in enumerate(split.layers) for _ in range(n)]
+        device = (*none.layer_device[: len(none.layer_device) - len(on_gpu)], *on_gpu)
+        placement = replace(none, layer_device=device)
+        return self._keeping(placement, self._movable(device), split.kept)
 
     def _gentle(self, host_layers: int, bounds: Bounds, best: Tried | None) -> Tried | None:
         """Return the least damage with so many layers wholly in RAM, None when nothing fits."""
@@ -211,6 +305,7 @@ class HybridSearch(FrameSearch):
         if fastest is not None:
             seconds.learn(*self._pooled(fastest.prices))
             wanted = self._kept_by(frame.choices, fastest.x)
+            yield from self._fast_splits(frame, least, allowed, seconds)
         keep = rounded_down(wanted)
         level = self._one_level(frame)
         best = self._within(frame, keep, least, allowed, level)
@@ -232,6 +327,20 @@ class HybridSearch(FrameSearch):
                 best, keep, cost = tried, more, less
                 yield best
 
+    def _fast_splits(
+        self, frame: Frame, least: Tried, allowed: float, seconds: Bounds
+    ) -> Iterator[Tried]:
+        """Yield the splits that bounds of whole layers promise most speed of, as in `frame`."""
+        counts = seconds.layers.counts
+        slots = frame.slots
+        lower = np.where([c.slots == slots for c in counts], seconds.best, np.inf)
+        z, c = (int(i) for i in np.unravel_index(int(lower.argmin()), lower.shape))
+        for split in Splits(seconds, self.model, self.rig, self.settings).look(z, c)[:_SPLITS_EACH]:
+            level = None if self.timing.min_tps is None else split.level
+            tried = self._allowed_at(self._laid_out(split, slots), least, allowed, level)
+            if tried is not None:
+                yield tried
+
     def _within(
         self,
         frame: Frame,
@@ -240,8 +349,14 @@ class HybridSearch(FrameSearch):
         allowed: float,
         level: int | None,
     ) -> Tried | None:
-        """Solve a placement quickly; None when it costs more damage than allowed."""
+        """Solve whole layers near a frame; None when they cost more damage than allowed."""
         placement = self._keeping(frame.placement, frame.movable, keep)
+        return self._allowed_at(placement, least, allowed, level)
+
+    def _allowed_at(
+        self, placement: Placement, least: Tried, allowed: float, level: int | None
+    ) -> Tried | None:
+        """Solve a placement quickly; None when it costs more damage than allowed."""
         tried = self._solve(placement, QUICK, level=level, capped=False)
         if not tried.fits or tried.solution.objective > allowed:
             return None
