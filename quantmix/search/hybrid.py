@@ -28,8 +28,9 @@ from quantmix.solve.solver import Limits, relax, relaxed_at_price, solve
 
 _MOST_COUNTS, _MOST_MISSES = 4, 8
 _FAR, _NEIGHBOURS = 1.25, 2  # times the relaxed damage; numbers of layers
-_MOST_SPLITS, _SPLITS_EACH = 6, 2
-_POLISH = 8  # placements tried around the best split
+_MOST_SPLITS = (12, 6)  # with one GPU, with several
+_SPLITS_EACH = 2
+_FEW, _POLISH = 2, 8  # placements tried around a split, and around the best
 _FAST_COUNTS, _FAST_MISSES = 3, 4
 _WORTH_A_LOOK = 5e-3  # of seconds
 _EQUALLY_FAST = 1.02  # of predicted seconds; then fewer layers in RAM are better
@@ -67,39 +68,45 @@ class HybridSearch(FrameSearch):
         waiting = np.broadcast_to(wanted, bounds.best.shape).copy()
         coupled, n_solved = self.timing.min_tps is not None, 0
         best: Tried | None = None
-        for _ in range(_MOST_SPLITS):
+        for _ in range(_MOST_SPLITS[len(self.rig.gpus) > 1]):
             lower = np.where(waiting, bounds.best, np.inf)
             z, c = (int(i) for i in np.unravel_index(int(lower.argmin()), lower.shape))
             enough = np.inf if best is None else best.solution.objective * (1 - _NEAR)
             if not lower[z, c] < enough:
                 break
             waiting[z, c] = False
-            if coupled and (frame := self._frame(counts[c].slots)) is not None:
+            if coupled and not splits.known and (frame := self._frame(counts[c].slots)) is not None:
                 bounds.learn(*self._pooled(frame.relaxed.prices))
-            for split in splits.look(z, c)[: 1 if self._slow() else _SPLITS_EACH]:
+            promising = splits.look(z, c)[: 1 if self._slow() else _SPLITS_EACH]
+            if not promising and (tried := self._gentle(counts[c].slots, bounds, best)) is not None:
+                best = tried if best is None or better(tried.solution, best.solution) else best
+            for split in promising:
                 if self._slow() and n_solved >= COUPLED_TRIES:
                     break
                 placement = self._laid_out(split, counts[c].slots)
                 tried = self._solve(placement, QUICK, level=split.level)
                 n_solved += 1
+                if tried.fits and not self._slow():
+                    tried = self._polished(tried, split.level, _FEW, whole_layers=False)
                 if tried.fits and (best is None or better(tried.solution, best.solution)):
                     best = tried
         if best is None or self._slow():
             return best
-        return self._polished(best if coupled else self._solve(best.placement, QUICK))
+        level = best.solution.level if coupled else None
+        again = best if coupled else self._solve(best.placement, QUICK)
+        return self._polished(again, level, _POLISH)
 
-    def _polished(self, best: Tried) -> Tried:
-        """Move single layers between GPUs, and experts to RAM and back, while that helps."""
-        level = best.solution.level if self.timing.min_tps is not None else None
+    def _polished(
+        self, best: Tried, level: int | None, most: int, *, whole_layers: bool = True
+    ) -> Tried:
+        """Move experts to RAM and back, and `whole_layers` between GPUs, while that helps."""
         seen = {(best.placement.layer_device, best.placement.cpu_experts)}
-        tries = 0
-        while tries < _POLISH:
-            for placement in self._near(best):
+        while len(seen) <= most:
+            for placement in self._near(best, whole_layers):
                 key = placement.layer_device, placement.cpu_experts
                 if key in seen:
                     continue
                 seen.add(key)
-                tries += 1
                 tried = self._solve(placement, QUICK, level=level)
                 if tried.fits and better(tried.solution, best.solution):
                     best = tried
@@ -108,7 +115,7 @@ class HybridSearch(FrameSearch):
                 break
         return best
 
-    def _near(self, tried: Tried) -> Iterator[Placement]:
+    def _near(self, tried: Tried, whole_layers: bool) -> Iterator[Placement]:
         """Yield placements that relieve the GPU whose bytes cost most, or fill the cheapest one."""
         prices = tried.solution.prices[: len(self.rig.gpus)]
         device = tried.placement.layer_device
@@ -119,7 +126,7 @@ class HybridSearch(FrameSearch):
         ]
         dear, cheap = int(prices.argmax()), int(prices.argmin())
         steps = np.abs(np.diff(prices))
-        for left in np.argsort(-steps, kind="stable")[:2].tolist():
+        for left in np.argsort(-steps, kind="stable")[: 2 * whole_layers].tolist():
             moved = move_boundary(device, left, towards_left=bool(prices[left + 1] > prices[left]))
             if moved != device:
                 there = replace(tried.placement, layer_device=moved)
@@ -242,6 +249,7 @@ class HybridSearch(FrameSearch):
             if (less := self._cost(alone, prices)) < cost:
                 best, cost = alone, less
         seconds = layers.least_seconds(allowed)
+        splits = Splits(seconds, self.model, self.rig, self.settings)
         most = 1 if self._slow() else _FAST_COUNTS
         while looked < most and missed < _FAST_MISSES and possible.any():
             lower = np.where(possible, seconds.lower + layers.fixed_seconds, np.inf)
@@ -250,7 +258,7 @@ class HybridSearch(FrameSearch):
                 break
             possible[at] = False
             host_layers = int(layers.slots[at])
-            found = list(self._fast_mixes(host_layers, least, allowed, prices, seconds))
+            found = list(self._fast_mixes(host_layers, least, allowed, prices, splits))
             looked += bool(found) or self._slow()
             if not found:  # whole layers cost too much there: most of the way to where they did not
                 missed += 1
@@ -267,7 +275,7 @@ class HybridSearch(FrameSearch):
         least: Tried,
         allowed: float,
         prices: Sequence[float],
-        seconds: Bounds,
+        splits: Splits,
     ) -> Iterator[Tried]:
         """Yield placements for speed with so many layers wholly in RAM, none above `allowed`."""
         unmoved = self._unmoved(host_layers)
@@ -275,9 +283,11 @@ class HybridSearch(FrameSearch):
             yield replace(unmoved, least_damage=least.least_damage)
         if host_layers and self._packed(host_layers).missing:
             return
-        frame = self._frame(host_layers)
+        found = list(self._fast_splits(host_layers, least, allowed, splits))
+        yield from found
+        frame = None if found else self._frame(host_layers)
         if frame is not None and frame.relaxed.objective <= allowed:
-            yield from self._fast_rounded(frame, least, allowed, prices, seconds)
+            yield from self._fast_rounded(frame, least, allowed, prices, splits.bounds)
 
     def _fast_rounded(
         self,
@@ -305,7 +315,6 @@ class HybridSearch(FrameSearch):
         if fastest is not None:
             seconds.learn(*self._pooled(fastest.prices))
             wanted = self._kept_by(frame.choices, fastest.x)
-            yield from self._fast_splits(frame, least, allowed, seconds)
         keep = rounded_down(wanted)
         level = self._one_level(frame)
         best = self._within(frame, keep, least, allowed, level)
@@ -328,16 +337,17 @@ class HybridSearch(FrameSearch):
                 yield best
 
     def _fast_splits(
-        self, frame: Frame, least: Tried, allowed: float, seconds: Bounds
+        self, host_layers: int, least: Tried, allowed: float, splits: Splits
     ) -> Iterator[Tried]:
-        """Yield the splits that bounds of whole layers promise most speed of, as in `frame`."""
-        counts = seconds.layers.counts
-        slots = frame.slots
-        lower = np.where([c.slots == slots for c in counts], seconds.best, np.inf)
+        """Yield the splits that the bounds of whole layers promise most speed of."""
+        bounds = splits.bounds
+        here = [c.slots == host_layers for c in bounds.layers.counts]
+        lower = np.where(here, bounds.best, np.inf)
         z, c = (int(i) for i in np.unravel_index(int(lower.argmin()), lower.shape))
-        for split in Splits(seconds, self.model, self.rig, self.settings).look(z, c)[:_SPLITS_EACH]:
+        for split in splits.look(z, c)[:_SPLITS_EACH]:
             level = None if self.timing.min_tps is None else split.level
-            tried = self._allowed_at(self._laid_out(split, slots), least, allowed, level)
+            placement = self._laid_out(split, host_layers)
+            tried = self._allowed_at(placement, least, allowed, level)
             if tried is not None:
                 yield tried
 

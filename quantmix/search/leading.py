@@ -226,6 +226,7 @@ class Bounds:
         if self.room is not None:
             third = _grid(self._steepest(self.gpu.third), _COARSE_THIRD).tolist()
         memory = _grid(self._steepest(self.layers.n_bytes), _COARSE)
+        self.least_price = float(memory[1])
         for price in third:
             self._look(Prices(memory, memory, price))
         done = np.zeros(self.best.shape, dtype=np.int64)

@@ -91,8 +91,8 @@ class Splits:
         """
         room = self._room(z, c)
         gpu, ram, third = self.bounds.at[:, z, c].tolist()
-        middle = max(gpu, ram)
-        if not room or middle <= 0 or not np.isfinite(self.bounds.best[z, c]):
+        middle = max(gpu, ram) or self.bounds.least_price
+        if not room or not np.isfinite(self.bounds.best[z, c]):
             return []
         alike = self._alike(z, c, room)
         if c not in alike:
@@ -285,5 +285,4 @@ def _grid() -> FloatArray:
     """Return factors of a price, from 0 up: close together near 1, far apart beyond."""
     inner = _INNER ** np.arange(-_N_INNER, _N_INNER + 1.0)
     outer = inner[-1] * _OUTER ** np.arange(1.0, _N_OUTER + 1)
-    grid: FloatArray = np.concatenate([[0.0], 1 / outer[::-1], inner, outer])
-    return grid
+    return np.array([0.0, *(1 / outer[::-1]), *inner, *outer])
