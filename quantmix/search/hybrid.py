@@ -29,7 +29,7 @@ from quantmix.solve.solver import Limits, relax, relaxed_at_price, solve
 _MOST_COUNTS, _MOST_MISSES = 4, 8
 _FAR, _NEIGHBOURS = 1.25, 2  # times the relaxed damage; numbers of layers
 _MOST_SPLITS = (12, 6)  # with one GPU, with several
-_SPLITS_EACH = 2
+_SPLITS_EACH, _MOST_COUPLED = 2, 4
 _FEW, _POLISH = 2, 8  # placements tried around a split, and around the best
 _FAST_COUNTS, _FAST_MISSES = 3, 4
 _WORTH_A_LOOK = 5e-3  # of seconds
@@ -66,9 +66,9 @@ class HybridSearch(FrameSearch):
         counts = bounds.layers.counts
         wanted = possible[np.searchsorted(bounds.layers.slots, [c.slots for c in counts])]
         waiting = np.broadcast_to(wanted, bounds.best.shape).copy()
-        coupled, n_solved = self.timing.min_tps is not None, 0
+        coupled, slow, n_solved = self.timing.min_tps is not None, self._slow(), 0
         best: Tried | None = None
-        for _ in range(_MOST_SPLITS[len(self.rig.gpus) > 1]):
+        for _ in range(_MOST_SPLITS[coupled or len(self.rig.gpus) > 1]):
             lower = np.where(waiting, bounds.best, np.inf)
             z, c = (int(i) for i in np.unravel_index(int(lower.argmin()), lower.shape))
             enough = np.inf if best is None else best.solution.objective * (1 - _NEAR)
@@ -77,24 +77,24 @@ class HybridSearch(FrameSearch):
             waiting[z, c] = False
             if coupled and not splits.known and (frame := self._frame(counts[c].slots)) is not None:
                 bounds.learn(*self._pooled(frame.relaxed.prices))
-            promising = splits.look(z, c)[: 1 if self._slow() else _SPLITS_EACH]
+            promising = splits.look(z, c)[: 1 if slow else _SPLITS_EACH]
             if not promising and (tried := self._gentle(counts[c].slots, bounds, best)) is not None:
                 best = tried if best is None or better(tried.solution, best.solution) else best
             for split in promising:
-                if self._slow() and n_solved >= COUPLED_TRIES:
+                if coupled and n_solved >= (COUPLED_TRIES if slow else _MOST_COUPLED):
                     break
                 placement = self._laid_out(split, counts[c].slots)
                 tried = self._solve(placement, QUICK, level=split.level)
                 n_solved += 1
-                if tried.fits and not self._slow():
+                if tried.fits and not slow:
                     tried = self._polished(tried, split.level, _FEW, whole_layers=False)
                 if tried.fits and (best is None or better(tried.solution, best.solution)):
                     best = tried
-        if best is None or self._slow():
+        if best is None or slow:
             return best
-        level = best.solution.level if coupled else None
-        again = best if coupled else self._solve(best.placement, QUICK)
-        return self._polished(again, level, _POLISH)
+        if coupled:
+            return self._polished(best, best.solution.level, _FEW)
+        return self._polished(self._solve(best.placement, QUICK), None, _POLISH)
 
     def _polished(
         self, best: Tried, level: int | None, most: int, *, whole_layers: bool = True

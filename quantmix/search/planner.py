@@ -271,7 +271,9 @@ class _Search(HybridSearch):
 
     def fastest(self) -> float:
         """Return the most tokens per second that a mix was found to reach, 0 when nothing fits."""
-        free = replace(self, timing=replace(self.timing, min_tps=None), frames={}, ends={}, memo={})
+        free = replace(
+            self, timing=replace(self.timing, min_tps=None), frames={}, rows={}, beside={}, memo={}
+        )
         tried = free._fastest_mixes() if self.rig.has_ram else [free._resident(0)]
         seconds = np.inf
         for some in tried:

@@ -33,6 +33,7 @@ _OUTER, _N_OUTER = 1.8, 3  # and beyond
 _STEP = 1.06  # of the prices of RAM and of the third limit
 _MOST_STEPS = 3
 _LITTLE = 1e-4
+_NEARLY_FREE = 1e-4
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,7 @@ class Splits:
         room = self._room(z, c)
         gpu, ram, third = self.bounds.at[:, z, c].tolist()
         middle = max(gpu, ram) or self.bounds.least_price
+        ram = ram or _NEARLY_FREE * middle  # where RAM has room, GPUs still come first
         if not room or not np.isfinite(self.bounds.best[z, c]):
             return []
         alike = self._alike(z, c, room)
@@ -262,7 +264,8 @@ def _with(least: FloatArray, value: FloatArray) -> FloatArray:
     if not least.shape[-1]:
         return least
     below = np.concatenate([np.full((*least.shape[:-1], 1), -np.inf), least[..., :-1]], axis=-1)
-    return np.maximum(below, np.minimum(least, value))
+    more: FloatArray = np.maximum(below, np.minimum(least, value))
+    return more
 
 
 def _added(tables: list[_Ranges], last: _Ranges) -> tuple[FloatArray, list[NDArray[np.int64]]]:
@@ -275,7 +278,8 @@ def _added(tables: list[_Ranges], last: _Ranges) -> tuple[FloatArray, list[NDArr
     for table in reversed(tables):
         rest = np.where(later <= n, ends[np.minimum(later, n)], np.inf)
         whole = table.cost + rest
-        step = whole.argmin(axis=1)
+        step = whole[:, 1:].argmin(axis=1) + 1
+        step = np.where(whole[rows, step] <= whole[:, 0], step, 0)  # of equals one in use
         ends = whole[rows, step]
         steps.insert(0, step)
     return ends, steps
@@ -285,4 +289,4 @@ def _grid() -> FloatArray:
     """Return factors of a price, from 0 up: close together near 1, far apart beyond."""
     inner = _INNER ** np.arange(-_N_INNER, _N_INNER + 1.0)
     outer = inner[-1] * _OUTER ** np.arange(1.0, _N_OUTER + 1)
-    return np.array([0.0, *(1 / outer[::-1]), *inner, *outer])
+    return np.array([0.0, *(1 / outer[::-1]), *inner, *outer], dtype=np.float64)
