@@ -20,7 +20,7 @@ from quantmix.memory.model import HOST, DeviceMemory, Placement
 from quantmix.memory.plan import device_memory
 from quantmix.search.base import QUICK, Search, Tried, better
 from quantmix.search.choices import Choices, movable_roles, to_problem
-from quantmix.search.leading import Count, Layers
+from quantmix.search.leading import Bounds, Count, Layers
 from quantmix.search.least import Least, Packed
 from quantmix.solve.bound import lagrangian
 from quantmix.solve.problem import FloatArray, IntArray, Problem
@@ -31,6 +31,9 @@ _NEAR_RELAXED = 5e-3  # of damage: what whole layers may cost without a further 
 _NEAR_COUPLED = 2e-2  # the same where a further look is slow
 _ROUNDING_TRIES, _HOPELESS_TRIES = 12, 4
 _ROUNDING_TRIES_PER_LEVEL = 7  # where every try solves many levels
+NEAR = 2e-3
+"""Of damage: bounds that close are not told apart."""
+
 COUPLED_TRIES = 3
 """Placements tried where every try couples all pools, which costs ten times as much."""
 
@@ -106,6 +109,25 @@ class FrameSearch(Search):
             return None
         tried = self._solve(none, QUICK, level=None)
         return tried if tried.fits else None
+
+    def _gentle(self, host_layers: int, bounds: Bounds, best: Tried | None) -> Tried | None:
+        """Return the least damage with so many layers wholly in RAM, None when nothing fits."""
+        packed = self._packed(host_layers)
+        unmoved = self._unmoved(host_layers)
+        if packed.missing and host_layers:
+            return unmoved
+        frame = self._frame(host_layers)
+        if frame is None:
+            return unmoved
+        bounds.learn(*self._pooled(frame.relaxed.prices))
+        if best is not None and frame.relaxed.objective >= best.solution.objective * (1 - NEAR):
+            return best
+        found = self._rounded(frame)
+        if found is None and not packed.missing:
+            found = self._solve(replace(frame.placement, cpu_experts=packed.spilled), QUICK)
+        if found is None or (unmoved is not None and better(unmoved.solution, found.solution)):
+            found = unmoved
+        return found if found is not None and found.fits else None
 
     def fewest(self) -> int | None:
         """Return the fewest first slots in RAM that hold the smallest types; None: none does.

@@ -16,26 +16,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantmix.memory.model import HOST, Placement
-from quantmix.search.base import QUICK, Tried, better
+from quantmix.search.base import QUICK, Tried
 from quantmix.search.choices import to_problem
-from quantmix.search.frame import COUPLED_TRIES, Frame, FrameSearch, nearest, rounded_down
+from quantmix.search.frame import COUPLED_TRIES, NEAR, Frame, nearest, rounded_down
 from quantmix.search.leading import Bounds, Layers
-from quantmix.search.placement import move_boundary
-from quantmix.search.splits import Split, Splits
+from quantmix.search.splits import Splits
+from quantmix.search.whole import SPLITS_EACH, SplitSearch
 from quantmix.solve.bound import total
 from quantmix.solve.problem import FloatArray, Problem, Solution
 from quantmix.solve.solver import Limits, relax, relaxed_at_price, solve
 
 _MOST_COUNTS, _MOST_MISSES = 4, 8
 _FAR, _NEIGHBOURS = 1.25, 2  # times the relaxed damage; numbers of layers
-_MOST_SPLITS = (12, 6)  # with one GPU, with several
-_SPLITS_EACH, _MOST_COUPLED = 2, 4
-_FEW, _POLISH = 2, 8  # placements tried around a split, and around the best
 _FAST_COUNTS, _FAST_MISSES = 3, 4
 _WORTH_A_LOOK = 5e-3  # of seconds
 _EQUALLY_FAST = 1.02  # of predicted seconds; then fewer layers in RAM are better
 _SAME = 1e-9  # of damage: the same but for the order of sums
-_NEAR = 2e-3  # of damage: bounds that close are not told apart
 _PART_OF_THE_GAP = 0.5
 _PRICE_RANGE = (1.0, 1.5, 2.5, 5.0)  # of the price of damage, to compare placements
 _FAST_LEVELS = 2  # levels of z that stage 2 solves: the most promising
@@ -44,7 +40,7 @@ _SPEED = Limits(gap=5e-3, seconds=0.0)  # of seconds per token, far below what i
 
 
 @dataclass(frozen=True)
-class HybridSearch(FrameSearch):
+class HybridSearch(SplitSearch):
     """Placements that leave layers, or the experts of layers, in RAM."""
 
     def _least_damage(self, bounds: Bounds, possible: NDArray[np.bool_]) -> Tried:
@@ -55,86 +51,6 @@ class HybridSearch(FrameSearch):
         best = self._of_splits(bounds, possible) or self._of_numbers(bounds, possible)
         best = best or self._packed_mix()
         return best or self._solve(self._placement(self._even_weights(), 0), QUICK)
-
-    def _of_splits(self, bounds: Bounds, possible: NDArray[np.bool_]) -> Tried | None:
-        """Return the best of the splits that the bounds of whole layers promise most of.
-
-        Levels and numbers of layers are looked at in the order of their bounds, while any is below
-        the best. None where nothing fits, or memory is no limit.
-        """
-        splits = Splits(bounds, self.model, self.rig, self.settings)
-        counts = bounds.layers.counts
-        wanted = possible[np.searchsorted(bounds.layers.slots, [c.slots for c in counts])]
-        waiting = np.broadcast_to(wanted, bounds.best.shape).copy()
-        coupled, slow, n_solved = self.timing.min_tps is not None, self._slow(), 0
-        best: Tried | None = None
-        for _ in range(_MOST_SPLITS[coupled or len(self.rig.gpus) > 1]):
-            lower = np.where(waiting, bounds.best, np.inf)
-            z, c = (int(i) for i in np.unravel_index(int(lower.argmin()), lower.shape))
-            enough = np.inf if best is None else best.solution.objective * (1 - _NEAR)
-            if not lower[z, c] < enough:
-                break
-            waiting[z, c] = False
-            if coupled and not splits.known and (frame := self._frame(counts[c].slots)) is not None:
-                bounds.learn(*self._pooled(frame.relaxed.prices))
-            promising = splits.look(z, c)[: 1 if slow else _SPLITS_EACH]
-            if not promising and (tried := self._gentle(counts[c].slots, bounds, best)) is not None:
-                best = tried if best is None or better(tried.solution, best.solution) else best
-            for split in promising:
-                if coupled and n_solved >= (COUPLED_TRIES if slow else _MOST_COUPLED):
-                    break
-                placement = self._laid_out(split, counts[c].slots)
-                tried = self._solve(placement, QUICK, level=split.level)
-                n_solved += 1
-                if tried.fits and not slow:
-                    tried = self._polished(tried, split.level, _FEW, whole_layers=False)
-                if tried.fits and (best is None or better(tried.solution, best.solution)):
-                    best = tried
-        if best is None or slow:
-            return best
-        if coupled:
-            return self._polished(best, best.solution.level, _FEW)
-        return self._polished(self._solve(best.placement, QUICK), None, _POLISH)
-
-    def _polished(
-        self, best: Tried, level: int | None, most: int, *, whole_layers: bool = True
-    ) -> Tried:
-        """Move experts to RAM and back, and `whole_layers` between GPUs, while that helps."""
-        seen = {(best.placement.layer_device, best.placement.cpu_experts)}
-        while len(seen) <= most:
-            for placement in self._near(best, whole_layers):
-                key = placement.layer_device, placement.cpu_experts
-                if key in seen:
-                    continue
-                seen.add(key)
-                tried = self._solve(placement, QUICK, level=level)
-                if tried.fits and better(tried.solution, best.solution):
-                    best = tried
-                    break
-            else:
-                break
-        return best
-
-    def _near(self, tried: Tried, whole_layers: bool) -> Iterator[Placement]:
-        """Yield placements that relieve the GPU whose bytes cost most, or fill the cheapest one."""
-        prices = tried.solution.prices[: len(self.rig.gpus)]
-        device = tried.placement.layer_device
-        movable = self._movable(device)
-        keep = [
-            sum(device[i] == g and i not in tried.placement.cpu_experts for i in movable)
-            for g in range(len(prices))
-        ]
-        dear, cheap = int(prices.argmax()), int(prices.argmin())
-        steps = np.abs(np.diff(prices))
-        for left in np.argsort(-steps, kind="stable")[: 2 * whole_layers].tolist():
-            moved = move_boundary(device, left, towards_left=bool(prices[left + 1] > prices[left]))
-            if moved != device:
-                there = replace(tried.placement, layer_device=moved)
-                yield self._keeping(there, self._movable(moved), keep)
-        for gpu, by in ((dear, -1), (cheap, 1)):
-            other = [n + by * (g == gpu) for g, n in enumerate(keep)]
-            if other[gpu] >= 0:
-                yield self._keeping(tried.placement, movable, other)
 
     def _of_numbers(self, bounds: Bounds, possible: NDArray[np.bool_]) -> Tried | None:
         """Return the least damage of the numbers of layers that promise most, by their frames.
@@ -156,7 +72,7 @@ class HybridSearch(FrameSearch):
             if best is not None:
                 objective, lowest = best.solution.objective, float(lower.min())
                 hopeless = lowest + _PART_OF_THE_GAP * (objective - lowest)
-                if lower[at] >= min(hopeless, objective * (1 - _NEAR)):
+                if lower[at] >= min(hopeless, objective * (1 - NEAR)):
                     break
             waiting.remove(at)
             slots = int(bounds.layers.slots[at])
@@ -173,33 +89,6 @@ class HybridSearch(FrameSearch):
             if best is None or tried.solution.objective < best.solution.objective:
                 best = tried
         return best
-
-    def _laid_out(self, split: Split, host_layers: int) -> Placement:
-        """Return the placement of a split, with so many first slots in RAM."""
-        none = self._placement(self._even_weights(), host_layers)
-        on_gpu = [g for g, n in enumerate(split.layers) for _ in range(n)]
-        device = (*none.layer_device[: len(none.layer_device) - len(on_gpu)], *on_gpu)
-        placement = replace(none, layer_device=device)
-        return self._keeping(placement, self._movable(device), split.kept)
-
-    def _gentle(self, host_layers: int, bounds: Bounds, best: Tried | None) -> Tried | None:
-        """Return the least damage with so many layers wholly in RAM, None when nothing fits."""
-        packed = self._packed(host_layers)
-        unmoved = self._unmoved(host_layers)
-        if packed.missing and host_layers:
-            return unmoved
-        frame = self._frame(host_layers)
-        if frame is None:
-            return unmoved
-        bounds.learn(*self._pooled(frame.relaxed.prices))
-        if best is not None and frame.relaxed.objective >= best.solution.objective * (1 - _NEAR):
-            return best
-        found = self._rounded(frame)
-        if found is None and not packed.missing:
-            found = self._solve(replace(frame.placement, cpu_experts=packed.spilled), QUICK)
-        if found is None or (unmoved is not None and better(unmoved.solution, found.solution)):
-            found = unmoved
-        return found if found is not None and found.fits else None
 
     def _fastest_mixes(self) -> list[Tried]:
         """Return placements for the most speed at any damage, solved for damage."""
@@ -344,7 +233,7 @@ class HybridSearch(FrameSearch):
         here = [c.slots == host_layers for c in bounds.layers.counts]
         lower = np.where(here, bounds.best, np.inf)
         z, c = (int(i) for i in np.unravel_index(int(lower.argmin()), lower.shape))
-        for split in splits.look(z, c)[:_SPLITS_EACH]:
+        for split in splits.look(z, c)[:SPLITS_EACH]:
             level = None if self.timing.min_tps is None else split.level
             placement = self._laid_out(split, host_layers)
             tried = self._allowed_at(placement, least, allowed, level)

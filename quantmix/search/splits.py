@@ -14,7 +14,6 @@ of leading layers in RAM at once; where its optimum lies is a split worth solvin
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,6 +33,7 @@ _STEP = 1.06  # of the prices of RAM and of the third limit
 _MOST_STEPS = 3
 _LITTLE = 1e-4
 _NEARLY_FREE = 1e-4
+_MORE = 3  # layers' experts beyond those that fit at the types which the price of all picks
 
 
 @dataclass(frozen=True)
@@ -162,10 +162,13 @@ class Splits:
         if not np.isfinite(priced.moved).all():
             return nothing, None
         moves = layers.counts[c].moves
-        most = self._most(max(room)) if moves else 0
-        tables = self._tables(priced, room[:-1], most, moves)
         head = outside_cost(bounds.outside[c], prices)[:, 0]
-        last = self._last(priced, head, room[-1], most, moves)
+        for most in self._most(max(room), prices) if moves else [0]:
+            tables = self._tables(priced, room[:-1], most, moves)
+            last = self._last(priced, head, room[-1], most, moves)
+            # The least cost is convex in k: where it is not the last k, no larger one is better.
+            if not any((t.kept == most).any() for t in (*tables.values(), last)):
+                break
         ends, steps = _added([tables[r] for r in room[:-1]], last)
         before = sums(priced.in_ram)
         n_layers = np.array([count.n_layers for count in layers.counts])
@@ -192,15 +195,20 @@ class Splits:
         waits = bounds.wait[0] + prices.third * bounds.wait[1]
         return _Priced(prices.gpu, rest, experts, (moved + waits)[0], (rest_ram + moved)[0])
 
-    def _most(self, room: float) -> int:
-        """Return how many layers' experts fit into `room` at their smallest types."""
+    def _most(self, room: float, prices: Prices) -> list[int]:
+        """Return how many layers' experts are worth looking at, and how many fit at the least."""
         layers = self.bounds.layers
+        cost = self.bounds.gpu.cost + prices.third * self.bounds.gpu.third
+        middle = float(np.median(prices.gpu))
+        at = (cost + middle * layers.n_bytes).argmin(axis=1)
+        usual = layers.n_bytes[np.arange(len(at)), at]
         least = np.where(layers.on_gpu, layers.n_bytes, np.inf).min(axis=1)
-        each = np.bincount(layers.layer, np.where(layers.movable, least, 0.0), self.n)
-        least_of_all = float(each[self.has_experts].min(initial=np.inf))
-        if not 0 < least_of_all < np.inf:
-            return self.n if least_of_all == 0 else 0
-        return min(self.n, max(0, int(room // least_of_all)))
+        fitting = []
+        for n_bytes in (usual, least):
+            each = np.bincount(layers.layer, np.where(layers.movable, n_bytes, 0.0), self.n)
+            smallest = float(each[self.has_experts].min(initial=np.inf))
+            fitting.append(self.n if smallest <= 0 else min(self.n, max(0, int(room // smallest))))
+        return [min(fitting[0] + _MORE, fitting[1]), fitting[1]]
 
     def _tables(
         self, priced: _Priced, rooms: tuple[float, ...], most: int, moves: bool
@@ -214,58 +222,66 @@ class Splits:
             table.cost[:, 0] = 0.0
         if not tables:
             return tables
-        for d, value in self._ranges(priced, most, moves):
-            for r, table in tables.items():
-                there = (value - priced.grid[:, None, None] * r).max(axis=0)
-                n = len(there)
-                table.kept[:n, d] = k = there.argmin(axis=1)
-                table.cost[:n, d] = there[np.arange(n), k]
-        return tables
-
-    def _ranges(self, priced: _Priced, most: int, moves: bool) -> Iterator[tuple[int, FloatArray]]:
-        """Yield d = 1, 2, … and (L, starts, most + 1) costs of d layers, k of them with experts."""
-        n, gain = self.n, self._gain(priced)
-        here = sums(priced.rest + (np.where(self.has_experts, priced.moved, 0.0) if moves else 0.0))
-        if not moves:
-            here = here + sums(priced.experts)
-        least = np.full((len(priced.grid), n, most), np.inf)
+        n, gain, here = self.n, self._gain(priced), sums(self._beside(priced, moves))
+        least = _nothing((len(priced.grid), n), most)
         for d in range(1, n + 1):
             least = _with(least[:, : n + 1 - d], gain[:, d - 1 :, None])
-            value = here[:, d:] - here[:, : n + 1 - d]
-            yield d, value[:, :, None] + sums(least)
+            experts = _sums_of(least)
+            stays = here[:, d:] - here[:, : n + 1 - d]
+            for r, table in tables.items():
+                there = (experts + (stays - priced.grid[:, None] * r)[:, :, None]).max(axis=0)
+                table.kept[: n + 1 - d, d] = k = there.argmin(axis=1)
+                table.cost[: n + 1 - d, d] = there[np.arange(n + 1 - d), k]
+        return tables
 
     def _last(
         self, priced: _Priced, head: FloatArray, room: float, most: int, moves: bool
     ) -> _Ranges:
         """Return the ranges of the last GPU, which end with the layers and have the head."""
-        n, gain = self.n, self._gain(priced)
-        each = priced.rest + (np.where(self.has_experts, priced.moved, 0.0) if moves else 0.0)
-        if not moves:
-            each = each + priced.experts
+        n, gain, each = self.n, self._gain(priced), self._beside(priced, moves)
         here = head - priced.grid * room
-        least = np.full((len(priced.grid), most), np.inf)
+        least = _nothing((len(priced.grid),), most)
         cost, kept = np.full((n + 1, n + 1), np.inf), np.zeros((n + 1, n + 1), dtype=np.int64)
         for d in range(n + 1):
             if d:
                 here = here + each[:, n - d]
                 least = _with(least, gain[:, n - d, None])
-            there = (here[:, None] + sums(least)).max(axis=0)
+            there = (here[:, None] + _sums_of(least)).max(axis=0)
             kept[n - d, d] = k = int(there.argmin())
             cost[n - d, d] = there[k]
         return _Ranges(cost, kept)
+
+    def _beside(self, priced: _Priced, moves: bool) -> FloatArray:
+        """Return (L, n) what layers cost besides the choice of those that keep their experts."""
+        if moves:
+            return priced.rest + np.where(self.has_experts, priced.moved, 0.0)
+        return priced.rest + priced.experts
 
     def _gain(self, priced: _Priced) -> FloatArray:
         """Return (L, n) what experts on a GPU cost beyond what they cost in RAM."""
         return np.where(self.has_experts, priced.experts - priced.moved, np.inf)
 
 
+def _nothing(shape: tuple[int, ...], most: int) -> FloatArray:
+    """Return rows for the `most` least values of nothing, behind a bar that no value passes."""
+    rows = np.full((*shape, most + 1), np.inf)
+    rows[..., 0] = -np.inf
+    return rows
+
+
 def _with(least: FloatArray, value: FloatArray) -> FloatArray:
-    """Return the least values of each row, ascending along the last axis, with one more value."""
-    if not least.shape[-1]:
-        return least
-    below = np.concatenate([np.full((*least.shape[:-1], 1), -np.inf), least[..., :-1]], axis=-1)
-    more: FloatArray = np.maximum(below, np.minimum(least, value))
+    """Return the least values of each row, ascending behind the bar, with one more value."""
+    more = least.copy()
+    np.minimum(least[..., 1:], value, out=more[..., 1:])
+    np.maximum(more[..., 1:], least[..., :-1], out=more[..., 1:])
     return more
+
+
+def _sums_of(least: FloatArray) -> FloatArray:
+    """Return the sums of the 0, 1, … least values of each row."""
+    total = least.copy()
+    total[..., 0] = 0.0
+    return np.cumsum(total, axis=-1, out=total)
 
 
 def _added(tables: list[_Ranges], last: _Ranges) -> tuple[FloatArray, list[NDArray[np.int64]]]:
