@@ -18,7 +18,7 @@ from quantmix.search.splits import Split, Splits
 SPLITS_EACH = 2
 """Splits solved of a level and a number of layers in RAM."""
 
-_MOST_SPLITS = (12, 6)  # with one GPU, with several
+_MOST_SPLITS = (12, 8)  # with one GPU, with several
 _MOST_COUPLED = 4
 _FEW, _POLISH = 2, 8  # placements tried around a split, and around the best
 
