@@ -87,7 +87,7 @@ class Layers:
         counts: (C,) ascending by slots; several of one number are its variants.
         layer, movable: (G,) block, and whether it may lie in RAM while the block is on a GPU.
         n_bytes: (G, Q). level: (G, Q) bytes of the largest expert tensor. on_gpu, in_ram: (G, Q)
-            whether the type may lie there. damage: (G, Q); gpu_seconds (the fastest GPU's),
+            whether the type may lie there. damage: (G, Q); gpu_seconds: (P, G, Q) on each GPU;
             ram_seconds likewise. waiting: (n_blocks,) seconds that experts in RAM add.
         lowest, highest: (Z,) ranges of the level; gpu, ram: (C, Z) bytes left at their low end.
     """
@@ -138,8 +138,7 @@ class Layers:
         level = np.zeros(shape)
         np.maximum.at(level, owner, np.where(is_expert[:, None], each, 0.0))
         n_gpus = len(rig.gpus)
-        gpu_cells = timing.cells[: n_gpus or 1].min(axis=0)
-        gpu_kept = timing.kept[: n_gpus or 1].min(axis=0)
+        on_each = zip(timing.cells[: n_gpus or 1], timing.kept[: n_gpus or 1], strict=True)
         in_ram = (allowed & palette.cpu) | all_kept[:, None]
         lowest, highest = _levels(counts, level[in_ram])
         room = [[_room(rig, c, float(z)) for z in lowest] for c in counts]
@@ -152,7 +151,7 @@ class Layers:
             on_gpu=(allowed & palette.gpu) | all_kept[:, None],
             in_ram=in_ram,
             damage=summed(np.where(kept[:, None], 0.0, palette.damage[member])),
-            gpu_seconds=seconds(gpu_cells, gpu_kept),
+            gpu_seconds=np.stack([seconds(*here) for here in on_each]),
             ram_seconds=seconds(timing.cells[-1], timing.kept[-1]),
             waiting=timing.waiting(n_blocks),
             lowest=lowest,
@@ -198,9 +197,11 @@ class Bounds:
     def __init__(self, layers: Layers, objective: str, room: FloatArray | None) -> None:
         self.layers = layers
         self.room = room
+        self.timed = room is not None or objective != "damage"
         is_damage = objective == "damage"
-        gpu, ram = layers.gpu_seconds, layers.ram_seconds
-        self.gpu = _side(layers.on_gpu, layers.damage, gpu, is_damage)
+        every, ram = layers.gpu_seconds, layers.ram_seconds
+        self.each_gpu = [_side(layers.on_gpu, layers.damage, s, is_damage) for s in every]
+        self.gpu = _side(layers.on_gpu, layers.damage, every.min(axis=0), is_damage)
         self.ram = _side(layers.in_ram, layers.damage, ram, is_damage)
         self.wait = (0.0, layers.waiting) if is_damage else (layers.waiting, 0.0)
         n_blocks = len(layers.waiting)

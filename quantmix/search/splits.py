@@ -82,6 +82,13 @@ class Splits:
         self.beside = np.append(n_bytes[: self.n - 1], n_bytes[self.n - 1 :].sum())
         self.has_experts = np.zeros(self.n, dtype=np.bool_)
         self.has_experts[layers.layer[layers.movable]] = True
+        each = bounds.each_gpu
+        same = [
+            [np.array_equal(a.cost, b.cost) and np.array_equal(a.third, b.third) for a in each]
+            for b in (each if bounds.timed else each[:1])
+        ]
+        # GPUs whose types cost the same, named after the first of them.
+        self.kind = [row.index(True) for row in same] if bounds.timed else [0] * len(rig.gpus)
         self.capacity = [g.capacity_bytes or 0 for g in rig.gpus]
         self.known: set[tuple[int, ...]] = set()
 
@@ -157,26 +164,35 @@ class Splits:
     ) -> tuple[FloatArray, Split | None]:
         """Return (C,) bounds at prices, right for counts like `c`, and the split of `c`."""
         bounds, layers = self.bounds, self.bounds.layers
-        priced = self._priced(z, prices)
+        priced = {k: self._priced(z, prices, k) for k in set(self.kind)}
+        own = priced[self.kind[-1]]
         nothing = np.full(len(layers.counts), -np.inf)
-        if not np.isfinite(priced.moved).all():
+        if not np.isfinite(own.moved).all():
             return nothing, None
         moves = layers.counts[c].moves
         head = outside_cost(bounds.outside[c], prices)[:, 0]
+        ways = list(zip(self.kind, room, strict=True))[:-1]
         for most in self._most(max(room), prices) if moves else [0]:
-            tables = self._tables(priced, room[:-1], most, moves)
-            last = self._last(priced, head, room[-1], most, moves)
+            tables = {
+                (k, r): table
+                for k in dict.fromkeys(k for k, _ in ways)
+                for r, table in self._tables(
+                    priced[k], tuple(r for kind, r in ways if kind == k), most, moves
+                ).items()
+            }
+            last = self._last(own, head, room[-1], most, moves)
             # The least cost is convex in k: where it is not the last k, no larger one is better.
             if not any((t.kept == most).any() for t in (*tables.values(), last)):
                 break
-        ends, steps = _added([tables[r] for r in room[:-1]], last)
-        before = sums(priced.in_ram)
+        each = [*(tables[way] for way in ways), last]
+        ends, steps = _added(each)
+        before = sums(own.in_ram)
         n_layers = np.array([count.n_layers for count in layers.counts])
         values = ends[n_layers] + before[n_layers] - prices.ram[0] * layers.ram[:, z]
         if bounds.room is not None:
             values = values - prices.third * bounds.room
         at, n_each, kept = int(n_layers[c]), [], []
-        for step, table in zip(steps, [*(tables[r] for r in room[:-1]), last], strict=True):
+        for step, table in zip(steps, each, strict=True):
             d = int(step[at])
             n_each.append(d)
             kept.append(int(table.kept[at, d]))
@@ -185,10 +201,10 @@ class Splits:
         split = Split(tuple(n_each), keeps, int(layers.highest[z]))
         return values, split if all(n_each) else None
 
-    def _priced(self, z: int, prices: Prices) -> _Priced:
-        """Return what the layers cost at prices, experts in RAM up to level `z`."""
+    def _priced(self, z: int, prices: Prices, kind: int) -> _Priced:
+        """Return what the layers cost at prices on a kind of GPU, experts in RAM up to `z`."""
         bounds, layers = self.bounds, self.bounds.layers
-        rest, experts = by_layer(layers, bounds.gpu, prices.gpu, prices.third)
+        rest, experts = by_layer(layers, bounds.each_gpu[kind], prices.gpu, prices.third)
         rest = rest + prices.gpu[:, None] * self.beside
         rest_ram, _ = by_layer(layers, bounds.ram, prices.ram, prices.third)
         _, moved = by_layer(layers, ram_side(bounds, z), prices.ram, prices.third)
@@ -284,8 +300,9 @@ def _sums_of(least: FloatArray) -> FloatArray:
     return np.cumsum(total, axis=-1, out=total)
 
 
-def _added(tables: list[_Ranges], last: _Ranges) -> tuple[FloatArray, list[NDArray[np.int64]]]:
+def _added(tables: list[_Ranges]) -> tuple[FloatArray, list[NDArray[np.int64]]]:
     """Return (n + 1,) least costs of the layers from i on, and each GPU's layers at every i."""
+    *tables, last = tables
     n = len(last.cost) - 1
     rows = np.arange(n + 1)
     ends = last.cost[rows, n - rows]
