@@ -157,7 +157,10 @@ class FrameSearch(Search):
 
     def _packed(self, host_layers: int) -> Packed:
         """Return how the smallest types lie with so many layers wholly in RAM."""
-        placement = self._placement(self._even_weights(), host_layers)
+        return self._packed_at(self._placement(self._even_weights(), host_layers))
+
+    def _packed_at(self, placement: Placement) -> Packed:
+        """Return how the smallest types lie on a split of the layers."""
         return Least.of(self.model, self.palette).packed(self.rig, self.settings, placement)
 
     def _packed_mix(self) -> Tried | None:

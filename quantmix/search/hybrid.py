@@ -172,7 +172,9 @@ class HybridSearch(SplitSearch):
             yield replace(unmoved, least_damage=least.least_damage)
         if host_layers and self._packed(host_layers).missing:
             return
-        found = list(self._fast_splits(host_layers, least, allowed, splits))
+        found = (
+            list(self._fast_splits(host_layers, least, allowed, splits)) if self.rig.gpus else []
+        )
         yield from found
         frame = None if found else self._frame(host_layers)
         if frame is not None and frame.relaxed.objective <= allowed:

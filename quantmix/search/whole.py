@@ -33,6 +33,8 @@ class SplitSearch(FrameSearch):
         Levels and numbers of layers are looked at in the order of their bounds, while any is below
         the best. None where nothing fits, or memory is no limit.
         """
+        if not self.rig.gpus:
+            return None
         splits = Splits(bounds, self.model, self.rig, self.settings)
         counts = bounds.layers.counts
         wanted = possible[np.searchsorted(bounds.layers.slots, [c.slots for c in counts])]
@@ -66,6 +68,17 @@ class SplitSearch(FrameSearch):
         if coupled:
             return self._polished(best, best.solution.level, _POLISH // 2)
         return self._polished(self._solve(best.placement, QUICK), None, _POLISH)
+
+    def _promising_splits(self, bounds: Bounds) -> Iterator[Placement]:
+        """Yield the splits of the least bounds, one for each of a few numbers of layers in RAM."""
+        if not self.rig.gpus:
+            return
+        splits = Splits(bounds, self.model, self.rig, self.settings)
+        counts = bounds.layers.counts
+        for i in np.argsort(bounds.best, axis=None, kind="stable")[: _MOST_SPLITS[1]].tolist():
+            z, c = (int(x) for x in np.unravel_index(i, bounds.best.shape))
+            for split in splits.look(z, c)[:1]:
+                yield self._laid_out(split, counts[c].slots)
 
     def _polished(
         self, best: Tried, level: int | None, most: int, *, whole_layers: bool = True
