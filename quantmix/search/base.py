@@ -157,7 +157,7 @@ class Search:
             placement = Placement((at,) * self._n_blocks(), at)
             memory = device_memory(self.model, self.settings, self.rig, placement)
             try:
-                self.rows[at] = Rows.of(self._choices(placement, memory), at)
+                self.rows[at] = Rows.of(self._choices(placement, memory), at, self._n_blocks())
             except UsageError:
                 self.rows[at] = None
         return self.rows[at]

@@ -1,8 +1,9 @@
 """The search with RAM behind the GPUs: layers wholly in RAM, and layers whose experts are.
 
 bounds     how little damage, and how few seconds, any number of leading layers in RAM allows
-           (`leading`): it says which numbers to look at, and proves the rest
-placement  for one number, whole layers near a relaxed answer (`frame`)
+           (`leading`, sharper where it matters in `splits`): what to look at, and proof of the rest
+placement  the split of the layers that has the bound (`whole`); where none fits, whole layers near
+           the relaxed answer of an even split (`frame`)
 stage 1    least damage: the numbers that promise most, until none can be better
 stage 2    least seconds per token within the slack of that damage, over all numbers again
 """

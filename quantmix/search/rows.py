@@ -6,7 +6,7 @@ the others do. So one set of rows per device gives the choices of every placemen
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -20,20 +20,43 @@ from quantmix.solve.problem import FloatArray, IntArray
 
 @dataclass(frozen=True)
 class Rows:
-    """Choices with all layers on one device, a row per group: as in `Choices`, bytes there."""
+    """Choices with all layers on one device, a row per group: as in `Choices`, bytes there.
+
+    `layer` (G,) is -1 outside the layers; `movable` (G,) whether it may lie in RAM by itself.
+    """
 
     groups: tuple[Group, ...]
+    layer: IntArray
+    movable: NDArray[np.bool_]
     damage: FloatArray
     seconds: FloatArray
     n_bytes: FloatArray
     level: IntArray
 
     @classmethod
-    def of(cls, choices: Choices, home: int) -> Rows:
-        """Return the rows of choices whose layers all lie at `home`."""
+    def of(cls, choices: Choices, home: int, n_blocks: int) -> Rows:
+        """Return the rows of choices whose layers, `n_blocks`, all lie at `home`."""
+        model = choices.model
+        first = [model.tensors[g.members[0]] for g in choices.groups]
+        inside = [t.layer is not None and t.layer < n_blocks for t in first]
+        layer = [t.layer if here else -1 for t, here in zip(first, inside, strict=True)]
         return cls(
-            choices.groups, choices.damage, choices.seconds, choices.use[home], choices.level
+            choices.groups,
+            np.array(layer, dtype=np.int64),
+            np.array([is_movable(model, t) for t in first]),
+            choices.damage,
+            choices.seconds,
+            choices.use[home],
+            choices.level,
         )
+
+    def groups_at(self, home: int, which: IntArray) -> Iterator[tuple[int, Group]]:
+        """Yield groups with their numbers, at a device that is like this one."""
+        for g in which.tolist():
+            group = self.groups[g]
+            if group.homes[0] != home:
+                group = replace(group, homes=np.full_like(group.homes, home))
+            yield g, group
 
 
 def together(beside: Choices, placement: Placement, rows: Mapping[int, Rows]) -> Choices:
@@ -43,15 +66,12 @@ def together(beside: Choices, placement: Placement, rows: Mapping[int, Rows]) ->
         beside: of a placement with the same home of the head, for what lies outside the layers.
         rows: by device (HOST for RAM), for all that hold layers or experts.
     """
-    model, device = beside.model, placement.layer_device
-    home = np.full(len(beside.groups), HOST, dtype=np.int64)
-    inside = np.zeros(len(beside.groups), dtype=np.bool_)
-    for g, group in enumerate(beside.groups):
-        t = model.tensors[group.members[0]]
-        if t.layer is not None and t.layer < len(device):
-            inside[g] = True
-            away = t.layer in placement.cpu_experts and is_movable(model, t)
-            home[g] = HOST if away else device[t.layer]
+    some = next(iter(rows.values()))
+    inside = some.layer >= 0
+    away = np.zeros(len(placement.layer_device), dtype=np.bool_)
+    away[list(placement.cpu_experts)] = True
+    home = np.where(inside, np.array(placement.layer_device)[some.layer], HOST)
+    home[inside & some.movable & away[some.layer]] = HOST
     width = max(beside.damage.shape[1], *(r.damage.shape[1] for r in rows.values()))
     damage, seconds = (_widened(x, width, np.inf) for x in (beside.damage, beside.seconds))
     use, level = _widened(beside.use, width, 0.0), _widened(beside.level, width, 0)
@@ -68,8 +88,8 @@ def together(beside: Choices, placement: Placement, rows: Mapping[int, Rows]) ->
         ):
             whole[here, n:] = filler
             whole[here, :n] = part[here]
-        for g in here.tolist():
-            groups[g] = replace(row.groups[g], homes=np.full_like(row.groups[g].homes, there))
+        for g, group in row.groups_at(there, here):
+            groups[g] = group
     return replace(
         beside,
         groups=tuple(groups),

@@ -20,6 +20,7 @@ SPLITS_EACH = 2
 
 _MOST_SPLITS = (12, 8)  # with one GPU, with several
 _MOST_COUPLED = 4
+_IN_VAIN = 5  # looks that found nothing better
 _FEW, _POLISH = 2, 8  # placements tried around a split, and around the best
 
 
@@ -41,13 +42,17 @@ class SplitSearch(FrameSearch):
         waiting = np.broadcast_to(wanted, bounds.best.shape).copy()
         coupled, slow, n_solved = self.timing.min_tps is not None, self._slow(), 0
         best: Tried | None = None
+        in_vain = 0
         for _ in range(_MOST_SPLITS[coupled or len(self.rig.gpus) > 1]):
+            if in_vain == _IN_VAIN:
+                break
             lower = np.where(waiting, bounds.best, np.inf)
             z, c = (int(i) for i in np.unravel_index(int(lower.argmin()), lower.shape))
             enough = np.inf if best is None else best.solution.objective * (1 - NEAR)
             if not lower[z, c] < enough:
                 break
             waiting[z, c] = False
+            before = np.inf if best is None else best.solution.objective
             if coupled and not splits.known and (frame := self._frame(counts[c].slots)) is not None:
                 bounds.learn(*self._pooled(frame.relaxed.prices))
             promising = splits.look(z, c)[: 1 if slow else SPLITS_EACH]
@@ -63,10 +68,11 @@ class SplitSearch(FrameSearch):
                     tried = self._polished(tried, split.level, _FEW, whole_layers=False)
                 if tried.fits and (best is None or better(tried.solution, best.solution)):
                     best = tried
+            in_vain = in_vain + 1 if best is not None and before <= best.solution.objective else 0
         if best is None or slow:
             return best
         if coupled:
-            return self._polished(best, best.solution.level, _POLISH // 2)
+            return self._polished(best, best.solution.level, _FEW)
         return self._polished(self._solve(best.placement, QUICK), None, _POLISH)
 
     def _promising_splits(self, bounds: Bounds) -> Iterator[Placement]:
