@@ -49,8 +49,10 @@ class HybridSearch(SplitSearch):
 
         Only `possible` (K,) numbers are looked at, and `bounds` get sharper on the way.
         """
-        best = self._of_splits(bounds, possible) or self._of_numbers(bounds, possible)
-        best = best or self._packed_mix()
+        best: Tried | None = None
+        if not self._hopeless(bounds):
+            best = self._of_splits(bounds, possible) or self._of_numbers(bounds, possible)
+            best = best or self._packed_mix()
         return best or self._solve(self._placement(self._even_weights(), 0), QUICK)
 
     def _of_numbers(self, bounds: Bounds, possible: NDArray[np.bool_]) -> Tried | None:

@@ -234,6 +234,8 @@ class _Search(HybridSearch):
             return True
         layers = self._layers()
         bounds, possible = layers.least_damage(self.timing.wanted), self._possible(layers)
+        if self._hopeless(bounds):
+            return False
         if self.timing.min_tps is not None:
             return self._least_damage(bounds, possible).fits
         if self._of_splits(bounds, possible) is not None:

@@ -68,12 +68,19 @@ class SplitSearch(FrameSearch):
                     tried = self._polished(tried, split.level, _FEW, whole_layers=False)
                 if tried.fits and (best is None or better(tried.solution, best.solution)):
                     best = tried
-            in_vain = in_vain + 1 if best is not None and before <= best.solution.objective else 0
+            now = np.inf if best is None else best.solution.objective
+            in_vain = in_vain + 1 if before <= now else 0
         if best is None or slow:
             return best
         if coupled:
             return self._polished(best, best.solution.level, _FEW)
         return self._polished(self._solve(best.placement, QUICK), None, _POLISH)
+
+    def _hopeless(self, bounds: Bounds) -> bool:
+        """Whether nothing fits: no mix does as much damage as the least bound."""
+        allowed = self.palette.allowed
+        most = np.where(allowed, self.palette.damage, 0.0).max(axis=1, initial=0.0).sum()
+        return bool(bounds.best.min() > 2 * most)
 
     def _promising_splits(self, bounds: Bounds) -> Iterator[Placement]:
         """Yield the splits of the least bounds, one for each of a few numbers of layers in RAM."""
