@@ -20,6 +20,7 @@ SPLITS_EACH = 2
 
 _MOST_SPLITS = (12, 8)  # with one GPU, with several
 _MOST_COUPLED = 4
+_ENOUGH = 5e-3  # of damage: not worth further tries where each of them is slow
 _IN_VAIN = 5  # looks that found nothing better
 _FEW, _POLISH = 2, 8  # placements tried around a split, and around the best
 
@@ -70,7 +71,8 @@ class SplitSearch(FrameSearch):
                     best = tried
             now = np.inf if best is None else best.solution.objective
             in_vain = in_vain + 1 if before <= now else 0
-        if best is None or slow:
+        near = best is not None and best.solution.objective * (1 - _ENOUGH) <= bounds.best.min()
+        if best is None or slow or (coupled and near):
             return best
         if coupled:
             return self._polished(best, best.solution.level, _FEW)
