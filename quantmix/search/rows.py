@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from quantmix.emit.flags import is_movable
+from quantmix.memory.homes import is_movable
 from quantmix.memory.model import HOST, Placement
 from quantmix.search.choices import Choices, Group
 from quantmix.solve.problem import FloatArray, IntArray
