@@ -34,10 +34,15 @@ def small_search(gpus: str, ram: str, engine: str, min_tps: float | None) -> _Se
     model = small_model()
     budget = Budget.from_gpus(gpus, ram=ram, cpu="desktop-ddr5-6000-2ch", engine=engine, ctx=4096)
     assert budget.rig is not None
+    speeds = (1000.0, 300.0)  # GB/s: no card is like another
+    gpus_there = zip(budget.rig.gpus, speeds, strict=False)
+    rig = replace(
+        budget.rig, gpus=tuple(replace(g, bandwidth_gbs=speed) for g, speed in gpus_there)
+    )
     limits = TypeLimits(types=("q8_0", "q6_K", "q4_K", "q3_K", "q2_K", "iq3_xxs"))
     palette = build(model, load_loss(model, engine=engine), engine, limits)
-    times = timing.of(model, palette, budget.rig, budget.settings, min_tps)
-    return _Search(model, palette, budget.rig, budget.settings, times, Goals())
+    times = timing.of(model, palette, rig, budget.settings, min_tps)
+    return _Search(model, palette, rig, budget.settings, times, Goals())
 
 
 def every_placement(search: _Search) -> Iterator[tuple[int, Placement]]:
