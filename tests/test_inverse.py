@@ -12,7 +12,7 @@ import pytest
 
 import quantmix as qm
 from quantmix.budget import Budget
-from quantmix.design import Options
+from quantmix.design import Options, run
 from quantmix.errors import InfeasibleBudget, UsageError
 from quantmix.flag_texts import parse_ctx, parse_percent
 from quantmix.inverse import longest_context, smallest_budget
@@ -267,7 +267,7 @@ def test_the_smallest_named_is_the_smallest(name: str, gpus: str, ram: str) -> N
         Budget.from_gpus(f"{cards}x{int(size) - 1}GiB", ram=ram),
     ):
         with pytest.raises(InfeasibleBudget):
-            qm.design(model, less)
+            run(model, less, Options(), explained=False)
 
 
 def test_cards_that_are_sold_are_named_beside_literal_sizes() -> None:

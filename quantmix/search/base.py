@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-from numpy.typing import NDArray
 
 from quantmix.errors import UsageError
 from quantmix.memory.head import head_device, head_name
@@ -23,6 +22,7 @@ from quantmix.search.placement import (
     ranges,
     split_layers,
 )
+from quantmix.search.rows import Rows, together
 from quantmix.search.timing import Timing
 from quantmix.solve.pools import Memo
 from quantmix.solve.problem import FloatArray, IntArray, Problem, Solution
@@ -68,9 +68,8 @@ class Search:
     timing: Timing
     goals: Goals
     memo: Memo = field(default_factory=dict)
-    ends: dict[tuple[tuple[int, ...], int], tuple[Choices, Choices] | None] = field(
-        default_factory=dict
-    )
+    rows: dict[int, Rows | None] = field(default_factory=dict)
+    beside: dict[tuple[int, int, tuple[bool, ...]], Choices] = field(default_factory=dict)
 
     def _placement(self, weights: Sequence[float], host_layers: int) -> Placement:
         """Return the placement of a contiguous split by weight, no experts in RAM.
@@ -125,30 +124,43 @@ class Search:
         )
 
     def _fixed_choices(self, placement: Placement, memory: Sequence[DeviceMemory]) -> Choices:
-        """Return the choices of a placement, from those with no experts in RAM and with all.
+        """Return the choices of a placement, put together from those with all layers in one place.
 
-        Placements that differ in their experts only are many, and building choices is slow.
+        Placements are many, and building choices is slow.
         """
-        key = placement.layer_device, placement.output_device
-        if key not in self.ends:
-            self.ends[key] = self._both_ends(placement)
-        ends = self.ends[key]
-        if ends is None:
+        experts = placement.cpu_experts
+        homes = sorted({*placement.layer_device, *([HOST] if experts else [])})
+        rows = [self._rows(home) for home in homes]
+        if any(r is None for r in rows):
             return self._choices(placement, memory)
-        return _between(*ends, placement)
+        twice = tuple(m.duplicate_embedding for m in memory)
+        key = placement.layer_device[0], placement.output_device, twice
+        if key not in self.beside:
+            self.beside[key] = self._choices(placement, memory)
+        return together(
+            self.beside[key], placement, dict(zip(homes, (r for r in rows if r), strict=True))
+        )
 
-    def _both_ends(self, placement: Placement) -> tuple[Choices, Choices] | None:
-        """Return the choices with no experts in RAM and with all; None when one is impossible."""
-        every = frozenset(i for i, d in enumerate(placement.layer_device) if d != HOST)
-        ends = []
-        for layers in (frozenset[int](), every):
-            there = replace(placement, cpu_experts=layers)
-            memory = device_memory(self.model, self.settings, self.rig, there)
+    def _rows(self, home: int) -> Rows | None:
+        """Return the choices with all layers on one device, None when one cannot lie there.
+
+        GPUs that are alike share theirs.
+        """
+        cells, kept = self.timing.cells, self.timing.kept
+        same = [
+            g
+            for g in range(home)
+            if np.array_equal(cells[g], cells[home]) and np.array_equal(kept[g], kept[home])
+        ]
+        at = same[0] if same else home
+        if at not in self.rows:
+            placement = Placement((at,) * self._n_blocks(), at)
+            memory = device_memory(self.model, self.settings, self.rig, placement)
             try:
-                ends.append(self._choices(there, memory))
+                self.rows[at] = Rows.of(self._choices(placement, memory), at, self._n_blocks())
             except UsageError:
-                return None
-        return ends[0], ends[1]
+                self.rows[at] = None
+        return self.rows[at]
 
     def _capacities(
         self, memory: Sequence[DeviceMemory], choices: Choices
@@ -234,36 +246,3 @@ def better(a: Solution, b: Solution) -> bool:
     if a.status == "infeasible":
         return b.status == "infeasible" and a.shortfall.sum() < b.shortfall.sum()
     return b.status == "infeasible" or a.objective < b.objective
-
-
-def _between(none: Choices, every: Choices, placement: Placement) -> Choices:
-    """Return the choices of a placement: rows of layers whose experts are in RAM from `every`."""
-    layers = placement.cpu_experts
-    if not layers:
-        return none
-    first = [none.model.tensors[g.members[0]] for g in none.groups]
-    moved = np.array([t.layer is None or t.layer in layers for t in first])
-    width = max(none.damage.shape[1], every.damage.shape[1])
-
-    def joined(
-        a: NDArray[np.generic], b: NDArray[np.generic], filler: float
-    ) -> NDArray[np.float64]:
-        a, b = (_widened(x, width, filler) for x in (a, b))
-        return np.where(moved[:, None], b, a)
-
-    pairs = zip(none.groups, every.groups, moved, strict=True)
-    return replace(
-        none,
-        groups=tuple(b if there else a for a, b, there in pairs),
-        damage=joined(none.damage, every.damage, np.inf),
-        seconds=joined(none.seconds, every.seconds, np.inf),
-        use=joined(none.use, every.use, 0.0),
-        level=joined(none.level, every.level, 0).astype(np.int64),
-    )
-
-
-def _widened(values: NDArray[np.generic], width: int, filler: float) -> NDArray[np.generic]:
-    """Return values with their last axis filled up to `width`."""
-    missing = width - values.shape[-1]
-    edges = [(0, 0)] * (values.ndim - 1) + [(0, missing)]
-    return np.pad(values, edges, constant_values=filler) if missing else values

@@ -20,7 +20,7 @@ from quantmix.memory.model import HOST, DeviceMemory, Placement
 from quantmix.memory.plan import device_memory
 from quantmix.search.base import QUICK, Search, Tried, better
 from quantmix.search.choices import Choices, movable_roles, to_problem
-from quantmix.search.leading import Count, Layers
+from quantmix.search.leading import Bounds, Count, Layers
 from quantmix.search.least import Least, Packed
 from quantmix.solve.bound import lagrangian
 from quantmix.solve.problem import FloatArray, IntArray, Problem
@@ -31,6 +31,9 @@ _NEAR_RELAXED = 5e-3  # of damage: what whole layers may cost without a further 
 _NEAR_COUPLED = 2e-2  # the same where a further look is slow
 _ROUNDING_TRIES, _HOPELESS_TRIES = 12, 4
 _ROUNDING_TRIES_PER_LEVEL = 7  # where every try solves many levels
+NEAR = 2e-3
+"""Of damage: bounds that close are not told apart."""
+
 COUPLED_TRIES = 3
 """Placements tried where every try couples all pools, which costs ten times as much."""
 
@@ -43,6 +46,7 @@ class Frame:
     GPU keeps there.
     """
 
+    slots: int
     placement: Placement
     movable: frozenset[int]
     choices: Choices
@@ -77,11 +81,11 @@ class FrameSearch(Search):
             every = replace(none, cpu_experts=self._movable(none.layer_device))
             memory = self._device_memory(none), self._device_memory(every)
             fixed, n_layers = self.timing.fixed(none), none.layer_device.count(HOST)
-            twice = [m[-1].duplicate_embedding for m in memory]
-            for doubled in sorted(set(twice)):
-                # A tied head in RAM is held twice as soon as experts are there: then two cases.
-                at = [i for i in (0, 1) if twice[i] == doubled]
-                key = none.output_device, doubled
+            # As soon as experts are in RAM a GPU holds a copy of one, and RAM may hold a tied head
+            # twice; more experts there need no more. What none of them leaves is a case of its own.
+            apart = _beside_weights(memory[0]) != _beside_weights(memory[1])
+            for at in ([0], [1]) if apart else ([0, 1],):
+                key = none.output_device, memory[at[0]][-1].duplicate_embedding
                 try:
                     if key not in outside:
                         outside[key] = self._choices((none, every)[at[0]], memory[at[0]])
@@ -105,6 +109,25 @@ class FrameSearch(Search):
             return None
         tried = self._solve(none, QUICK, level=None)
         return tried if tried.fits else None
+
+    def _gentle(self, host_layers: int, bounds: Bounds, best: Tried | None) -> Tried | None:
+        """Return the least damage with so many layers wholly in RAM, None when nothing fits."""
+        packed = self._packed(host_layers)
+        unmoved = self._unmoved(host_layers)
+        if packed.missing and host_layers:
+            return unmoved
+        frame = self._frame(host_layers)
+        if frame is None:
+            return unmoved
+        bounds.learn(*self._pooled(frame.relaxed.prices))
+        if best is not None and frame.relaxed.objective >= best.solution.objective * (1 - NEAR):
+            return best
+        found = self._rounded(frame)
+        if found is None and not packed.missing:
+            found = self._solve(replace(frame.placement, cpu_experts=packed.spilled), QUICK)
+        if found is None or (unmoved is not None and better(unmoved.solution, found.solution)):
+            found = unmoved
+        return found if found is not None and found.fits else None
 
     def fewest(self) -> int | None:
         """Return the fewest first slots in RAM that hold the smallest types; None: none does.
@@ -134,7 +157,10 @@ class FrameSearch(Search):
 
     def _packed(self, host_layers: int) -> Packed:
         """Return how the smallest types lie with so many layers wholly in RAM."""
-        placement = self._placement(self._even_weights(), host_layers)
+        return self._packed_at(self._placement(self._even_weights(), host_layers))
+
+    def _packed_at(self, placement: Placement) -> Packed:
+        """Return how the smallest types lie on a split of the layers."""
         return Least.of(self.model, self.palette).packed(self.rig, self.settings, placement)
 
     def _packed_mix(self) -> Tried | None:
@@ -175,7 +201,9 @@ class FrameSearch(Search):
             return None
         relaxed, at = found
         kept = self._kept_by(choices, relaxed.x)
-        return Frame(placement, movable, choices, capacities, levels, at, relaxed, kept)
+        return Frame(
+            host_layers, placement, movable, choices, capacities, levels, at, relaxed, kept
+        )
 
     def _waiting(self, choices: Choices) -> Choices:
         """Return choices whose experts cost more seconds in RAM: the GPU waits for them."""
@@ -254,6 +282,12 @@ class FrameSearch(Search):
             and t.role in roles
             and devices[t.layer] != HOST
         )
+
+
+def _beside_weights(memory: Sequence[DeviceMemory]) -> tuple[bool, bool]:
+    """Return whether a GPU copies experts from RAM, and whether RAM holds a tied head twice."""
+    copies = any(r.coefficient for m in memory for r in m.compute)
+    return copies, memory[-1].duplicate_embedding
 
 
 def rounded_down(counts: Sequence[float]) -> list[int]:

@@ -1,8 +1,9 @@
 """The search with RAM behind the GPUs: layers wholly in RAM, and layers whose experts are.
 
 bounds     how little damage, and how few seconds, any number of leading layers in RAM allows
-           (`leading`): it says which numbers to look at, and proves the rest
-placement  for one number, whole layers near a relaxed answer (`frame`)
+           (`leading`, sharper where it matters in `splits`): what to look at, and proof of the rest
+placement  the split of the layers that has the bound (`whole`); where none fits, whole layers near
+           the relaxed answer of an even split (`frame`)
 stage 1    least damage: the numbers that promise most, until none can be better
 stage 2    least seconds per token within the slack of that damage, over all numbers again
 """
@@ -15,11 +16,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from quantmix.memory.model import HOST
-from quantmix.search.base import QUICK, Tried, better
+from quantmix.memory.model import HOST, Placement
+from quantmix.search.base import QUICK, Tried
 from quantmix.search.choices import to_problem
-from quantmix.search.frame import COUPLED_TRIES, Frame, FrameSearch, nearest, rounded_down
+from quantmix.search.frame import COUPLED_TRIES, NEAR, Frame, nearest, rounded_down
 from quantmix.search.leading import Bounds, Layers
+from quantmix.search.splits import Splits
+from quantmix.search.whole import SPLITS_EACH, SplitSearch
 from quantmix.solve.bound import total
 from quantmix.solve.problem import FloatArray, Problem, Solution
 from quantmix.solve.solver import Limits, relax, relaxed_at_price, solve
@@ -30,7 +33,6 @@ _FAST_COUNTS, _FAST_MISSES = 3, 4
 _WORTH_A_LOOK = 5e-3  # of seconds
 _EQUALLY_FAST = 1.02  # of predicted seconds; then fewer layers in RAM are better
 _SAME = 1e-9  # of damage: the same but for the order of sums
-_NEAR = 2e-3  # of damage: bounds that close are not told apart
 _PART_OF_THE_GAP = 0.5
 _PRICE_RANGE = (1.0, 1.5, 2.5, 5.0)  # of the price of damage, to compare placements
 _FAST_LEVELS = 2  # levels of z that stage 2 solves: the most promising
@@ -39,15 +41,26 @@ _SPEED = Limits(gap=5e-3, seconds=0.0)  # of seconds per token, far below what i
 
 
 @dataclass(frozen=True)
-class HybridSearch(FrameSearch):
+class HybridSearch(SplitSearch):
     """Placements that leave layers, or the experts of layers, in RAM."""
 
     def _least_damage(self, bounds: Bounds, possible: NDArray[np.bool_]) -> Tried:
         """Return the placement of least damage, solved quickly; the numbers that promise most.
 
-        Only `possible` (K,) numbers are looked at, and `bounds` get sharper on the way. What whole
-        layers cost is much the same for all numbers: one whose bound has used up a part of the gap
-        is not going to win. Where they cost far more than that, neighbours will not do better.
+        Only `possible` (K,) numbers are looked at, and `bounds` get sharper on the way.
+        """
+        best: Tried | None = None
+        if not self._hopeless(bounds):
+            best = self._of_splits(bounds, possible) or self._of_numbers(bounds, possible)
+            best = best or self._packed_mix()
+        return best or self._solve(self._placement(self._even_weights(), 0), QUICK)
+
+    def _of_numbers(self, bounds: Bounds, possible: NDArray[np.bool_]) -> Tried | None:
+        """Return the least damage of the numbers of layers that promise most, by their frames.
+
+        What whole layers cost is much the same for all numbers: one whose bound has used up a part
+        of the gap is not going to win. Where they cost far more than that, neighbours will not do
+        better.
         """
         best: Tried | None = None
         waiting = {int(k) for k in np.nonzero(possible)[0]}
@@ -62,7 +75,7 @@ class HybridSearch(FrameSearch):
             if best is not None:
                 objective, lowest = best.solution.objective, float(lower.min())
                 hopeless = lowest + _PART_OF_THE_GAP * (objective - lowest)
-                if lower[at] >= min(hopeless, objective * (1 - _NEAR)):
+                if lower[at] >= min(hopeless, objective * (1 - NEAR)):
                     break
             waiting.remove(at)
             slots = int(bounds.layers.slots[at])
@@ -78,27 +91,7 @@ class HybridSearch(FrameSearch):
                 continue
             if best is None or tried.solution.objective < best.solution.objective:
                 best = tried
-        best = best or self._packed_mix()
-        return best or self._solve(self._placement(self._even_weights(), 0), QUICK)
-
-    def _gentle(self, host_layers: int, bounds: Bounds, best: Tried | None) -> Tried | None:
-        """Return the least damage with so many layers wholly in RAM, None when nothing fits."""
-        packed = self._packed(host_layers)
-        unmoved = self._unmoved(host_layers)
-        if packed.missing and host_layers:
-            return unmoved
-        frame = self._frame(host_layers)
-        if frame is None:
-            return unmoved
-        bounds.learn(*self._pooled(frame.relaxed.prices))
-        if best is not None and frame.relaxed.objective >= best.solution.objective * (1 - _NEAR):
-            return best
-        found = self._rounded(frame)
-        if found is None and not packed.missing:
-            found = self._solve(replace(frame.placement, cpu_experts=packed.spilled), QUICK)
-        if found is None or (unmoved is not None and better(unmoved.solution, found.solution)):
-            found = unmoved
-        return found if found is not None and found.fits else None
+        return best
 
     def _fastest_mixes(self) -> list[Tried]:
         """Return placements for the most speed at any damage, solved for damage."""
@@ -148,6 +141,7 @@ class HybridSearch(FrameSearch):
             if (less := self._cost(alone, prices)) < cost:
                 best, cost = alone, less
         seconds = layers.least_seconds(allowed)
+        splits = Splits(seconds, self.model, self.rig, self.settings)
         most = 1 if self._slow() else _FAST_COUNTS
         while looked < most and missed < _FAST_MISSES and possible.any():
             lower = np.where(possible, seconds.lower + layers.fixed_seconds, np.inf)
@@ -156,7 +150,7 @@ class HybridSearch(FrameSearch):
                 break
             possible[at] = False
             host_layers = int(layers.slots[at])
-            found = list(self._fast_mixes(host_layers, least, allowed, prices, seconds))
+            found = list(self._fast_mixes(host_layers, least, allowed, prices, splits))
             looked += bool(found) or self._slow()
             if not found:  # whole layers cost too much there: most of the way to where they did not
                 missed += 1
@@ -173,7 +167,7 @@ class HybridSearch(FrameSearch):
         least: Tried,
         allowed: float,
         prices: Sequence[float],
-        seconds: Bounds,
+        splits: Splits,
     ) -> Iterator[Tried]:
         """Yield placements for speed with so many layers wholly in RAM, none above `allowed`."""
         unmoved = self._unmoved(host_layers)
@@ -181,9 +175,13 @@ class HybridSearch(FrameSearch):
             yield replace(unmoved, least_damage=least.least_damage)
         if host_layers and self._packed(host_layers).missing:
             return
-        frame = self._frame(host_layers)
+        found = (
+            list(self._fast_splits(host_layers, least, allowed, splits)) if self.rig.gpus else []
+        )
+        yield from found
+        frame = None if found else self._frame(host_layers)
         if frame is not None and frame.relaxed.objective <= allowed:
-            yield from self._fast_rounded(frame, least, allowed, prices, seconds)
+            yield from self._fast_rounded(frame, least, allowed, prices, splits.bounds)
 
     def _fast_rounded(
         self,
@@ -232,6 +230,21 @@ class HybridSearch(FrameSearch):
                 best, keep, cost = tried, more, less
                 yield best
 
+    def _fast_splits(
+        self, host_layers: int, least: Tried, allowed: float, splits: Splits
+    ) -> Iterator[Tried]:
+        """Yield the splits that the bounds of whole layers promise most speed of."""
+        bounds = splits.bounds
+        here = [c.slots == host_layers for c in bounds.layers.counts]
+        lower = np.where(here, bounds.best, np.inf)
+        z, c = (int(i) for i in np.unravel_index(int(lower.argmin()), lower.shape))
+        for split in splits.look(z, c)[:SPLITS_EACH]:
+            level = None if self.timing.min_tps is None else split.level
+            placement = self._laid_out(split, host_layers)
+            tried = self._allowed_at(placement, least, allowed, level)
+            if tried is not None:
+                yield tried
+
     def _within(
         self,
         frame: Frame,
@@ -240,8 +253,14 @@ class HybridSearch(FrameSearch):
         allowed: float,
         level: int | None,
     ) -> Tried | None:
-        """Solve a placement quickly; None when it costs more damage than allowed."""
+        """Solve whole layers near a frame; None when they cost more damage than allowed."""
         placement = self._keeping(frame.placement, frame.movable, keep)
+        return self._allowed_at(placement, least, allowed, level)
+
+    def _allowed_at(
+        self, placement: Placement, least: Tried, allowed: float, level: int | None
+    ) -> Tried | None:
+        """Solve a placement quickly; None when it costs more damage than allowed."""
         tried = self._solve(placement, QUICK, level=level, capped=False)
         if not tried.fits or tried.solution.objective > allowed:
             return None

@@ -23,12 +23,12 @@ from quantmix.search.timing import Timing
 from quantmix.solve.problem import FloatArray, IntArray
 
 _DECADES = 8  # of prices, below the steepest step of any tensor
-_COARSE = 2.0  # between prices of the first look
-_COARSE_OF_THREE, _COARSE_THIRD = 4.0, 10.0  # the same with a third limit
-_ZOOMS = (1.5, 1.2, 1.08, 1.03)  # factors by which the best prices are then moved
+_COARSE = 4.0  # between prices of the first look
+_COARSE_THIRD = 30.0  # the same of a third limit
+_ZOOMS = (2.0, 1.5, 1.2, 1.08, 1.03)  # factors by which the best prices are then moved
 _MOST_LOOKS = 30
 _LITTLE = 1e-4
-_MOST_LEVELS = 8
+_MOST_LEVELS = 100
 _STEEP = 30.0
 
 
@@ -53,7 +53,7 @@ class Count:
 
 
 @dataclass(frozen=True)
-class _Side:
+class Side:
     """The layers' groups on GPUs, or in RAM: (G, Q) cost (+inf: not allowed) and third use."""
 
     cost: FloatArray
@@ -71,7 +71,7 @@ class _Outside:
 
 
 @dataclass(frozen=True)
-class _Prices:
+class Prices:
     """What a byte of the GPUs, a byte of RAM and a unit of the third limit cost."""
 
     gpu: FloatArray
@@ -87,7 +87,7 @@ class Layers:
         counts: (C,) ascending by slots; several of one number are its variants.
         layer, movable: (G,) block, and whether it may lie in RAM while the block is on a GPU.
         n_bytes: (G, Q). level: (G, Q) bytes of the largest expert tensor. on_gpu, in_ram: (G, Q)
-            whether the type may lie there. damage: (G, Q); gpu_seconds (the fastest GPU's),
+            whether the type may lie there. damage: (G, Q); gpu_seconds: (P, G, Q) on each GPU;
             ram_seconds likewise. waiting: (n_blocks,) seconds that experts in RAM add.
         lowest, highest: (Z,) ranges of the level; gpu, ram: (C, Z) bytes left at their low end.
     """
@@ -103,6 +103,7 @@ class Layers:
     gpu_seconds: FloatArray
     ram_seconds: FloatArray
     waiting: FloatArray
+    lowest: FloatArray
     highest: FloatArray
     gpu: FloatArray
     ram: FloatArray
@@ -137,8 +138,7 @@ class Layers:
         level = np.zeros(shape)
         np.maximum.at(level, owner, np.where(is_expert[:, None], each, 0.0))
         n_gpus = len(rig.gpus)
-        gpu_cells = timing.cells[: n_gpus or 1].min(axis=0)
-        gpu_kept = timing.kept[: n_gpus or 1].min(axis=0)
+        on_each = zip(timing.cells[: n_gpus or 1], timing.kept[: n_gpus or 1], strict=True)
         in_ram = (allowed & palette.cpu) | all_kept[:, None]
         lowest, highest = _levels(counts, level[in_ram])
         room = [[_room(rig, c, float(z)) for z in lowest] for c in counts]
@@ -151,9 +151,10 @@ class Layers:
             on_gpu=(allowed & palette.gpu) | all_kept[:, None],
             in_ram=in_ram,
             damage=summed(np.where(kept[:, None], 0.0, palette.damage[member])),
-            gpu_seconds=seconds(gpu_cells, gpu_kept),
+            gpu_seconds=np.stack([seconds(*here) for here in on_each]),
             ram_seconds=seconds(timing.cells[-1], timing.kept[-1]),
             waiting=timing.waiting(n_blocks),
+            lowest=lowest,
             highest=highest,
             gpu=np.array([[r[0] for r in row] for row in room]),
             ram=np.array([[r[1] for r in row] for row in room]),
@@ -196,13 +197,17 @@ class Bounds:
     def __init__(self, layers: Layers, objective: str, room: FloatArray | None) -> None:
         self.layers = layers
         self.room = room
+        self.timed = room is not None or objective != "damage"
         is_damage = objective == "damage"
-        gpu, ram = layers.gpu_seconds, layers.ram_seconds
-        self.gpu = _side(layers.on_gpu, layers.damage, gpu, is_damage)
+        every, ram = layers.gpu_seconds, layers.ram_seconds
+        self.each_gpu = [_side(layers.on_gpu, layers.damage, s, is_damage) for s in every]
+        self.gpu = _side(layers.on_gpu, layers.damage, every.min(axis=0), is_damage)
         self.ram = _side(layers.in_ram, layers.damage, ram, is_damage)
         self.wait = (0.0, layers.waiting) if is_damage else (layers.waiting, 0.0)
         n_blocks = len(layers.waiting)
-        self.outside = [_outside(c.outside, n_blocks, is_damage) for c in layers.counts]
+        outside = {id(c.outside): c.outside for c in layers.counts}
+        each = {i: _outside(o, n_blocks, is_damage) for i, o in outside.items()}
+        self.outside = [each[id(c.outside)] for c in layers.counts]
         shape = (len(layers.highest), len(layers.counts))
         self.best = np.full(shape, -np.inf)
         self.at = np.zeros((3, *shape))
@@ -215,17 +220,16 @@ class Bounds:
 
     def learn(self, gpu: float, ram: float, third: float) -> None:
         """Look at all counts at the prices that are right for one of them."""
-        self._look(_Prices(np.array([gpu]), np.array([ram]), third))
+        self._look(Prices(np.array([gpu]), np.array([ram]), third))
 
     def _search(self) -> None:
         third = [0.0]
-        factor = _COARSE
         if self.room is not None:
             third = _grid(self._steepest(self.gpu.third), _COARSE_THIRD).tolist()
-            factor = _COARSE_OF_THREE
-        memory = _grid(self._steepest(self.layers.n_bytes), factor)
+        memory = _grid(self._steepest(self.layers.n_bytes), _COARSE)
+        self.least_price = float(memory[1])
         for price in third:
-            self._look(_Prices(memory, memory, price))
+            self._look(Prices(memory, memory, price))
         done = np.zeros(self.best.shape, dtype=np.int64)
         for _ in range(_MOST_LOOKS):
             z, k = np.unravel_index(int(self.best.argmin()), self.best.shape)
@@ -237,14 +241,14 @@ class Bounds:
             if self.best[z, k] <= before + _LITTLE * abs(before):
                 done[z, k] += 1
 
-    def _around(self, z: np.intp, k: np.intp, factor: float) -> Iterator[_Prices]:
+    def _around(self, z: np.intp, k: np.intp, factor: float) -> Iterator[Prices]:
         """Prices near the best known ones of a level and a count."""
         gpu, ram, third = self.at[:, z, k].tolist()
         steps = np.array([1 / factor, 1.0, factor])
         for step in steps.tolist() if third else [1.0]:
-            yield _Prices(gpu * steps, ram * steps, third * step)
+            yield Prices(gpu * steps, ram * steps, third * step)
 
-    def _look(self, prices: _Prices) -> None:
+    def _look(self, prices: Prices) -> None:
         """Evaluate all bounds at prices (every pair of those of the two memories)."""
         there = self._at(prices)
         shape = self.best.shape
@@ -262,55 +266,51 @@ class Bounds:
         )
         self.at = np.where(better, now, self.at)
 
-    def _at(self, prices: _Prices) -> FloatArray:
+    def _at(self, prices: Prices) -> FloatArray:
         """Return (prices of GPUs, prices of RAM, Z, C) bounds."""
         own = self.layers
         n = len(own.waiting)
-        rest_gpu, moved_gpu = self._by_layer(self.gpu, own.n_bytes, prices.gpu, prices.third)
-        rest_ram, _ = self._by_layer(self.ram, own.n_bytes, prices.ram, prices.third)
-        moved_ram = np.stack(
-            [
-                self._by_layer(
-                    _Side(np.where(own.level <= z, self.ram.cost, np.inf), self.ram.third),
-                    own.n_bytes,
-                    prices.ram,
-                    prices.third,
-                )[1]
-                for z in own.highest
-            ],
-            axis=1,
-        )
+        rest_gpu, moved_gpu = by_layer(own, self.gpu, prices.gpu, prices.third)
+        rest_ram, _ = by_layer(own, self.ram, prices.ram, prices.third)
+        moved_ram = self._moved(prices)
         waits = self.wait[0] + prices.third * self.wait[1]
         whole = (moved_gpu + rest_gpu)[:, None, None]
         on_gpu = np.minimum(moved_gpu[:, None, None], (moved_ram + waits)[None])
         on_gpu = on_gpu + rest_gpu[:, None, None]
         in_ram = rest_ram[:, None] + moved_ram
         counts = np.array([c.n_layers for c in own.counts])
-        after = _sums(on_gpu[..., ::-1])[..., n - counts]
+        after = sums(on_gpu[..., ::-1])[..., n - counts]
         if not (moves := np.array([c.moves for c in own.counts])).all():
-            after = np.where(moves, after, _sums(whole[..., ::-1])[..., n - counts])
-        before = _sums(in_ram)[..., counts]
+            after = np.where(moves, after, sums(whole[..., ::-1])[..., n - counts])
+        before = sums(in_ram)[..., counts]
         value = after + before[None]
-        value = value + np.stack([_apart(o, prices) for o in self.outside], axis=-1)[:, :, None]
+        apart = {id(o): outside_cost(o, prices) for o in self.outside}
+        value = value + np.stack([apart[id(o)] for o in self.outside], axis=-1)[:, :, None]
         value = value - prices.gpu[:, None, None, None] * own.gpu.T
         value = value - prices.ram[None, :, None, None] * own.ram.T
         if self.room is not None:
             value = value - prices.third * self.room
         return np.asarray(value)
 
-    def _by_layer(
-        self, side: _Side, n_bytes: FloatArray, memory: FloatArray, third: float
-    ) -> tuple[FloatArray, FloatArray]:
-        """Return (prices, blocks) least priced cost of what stays with its layer and what moves."""
-        own = self.layers
-        base = side.cost + third * side.third
-        n = len(own.waiting)
-        rest, moved = np.zeros((len(memory), n)), np.zeros((len(memory), n))
-        for i, price in enumerate(memory):
-            least = (base + price * n_bytes).min(axis=1)
-            rest[i] = np.bincount(own.layer, np.where(own.movable, 0.0, least), n)
-            moved[i] = np.bincount(own.layer, np.where(own.movable, least, 0.0), n)
-        return rest, moved
+    def _moved(self, prices: Prices) -> FloatArray:
+        """Return (prices of RAM, Z, blocks) least priced cost of experts in RAM up to each level.
+
+        With the types in order of level the least up to a level is a running minimum.
+        """
+        own, n = self.layers, len(self.layers.waiting)
+        groups = np.nonzero(own.movable)[0]
+        level, cost = own.level[groups], self.ram.cost[groups]
+        order = np.argsort(level, axis=1, kind="stable")
+        upto = (level[:, :, None] <= own.highest).sum(axis=1) - 1
+        base = np.take_along_axis(cost + prices.third * self.ram.third[groups], order, axis=1)
+        n_bytes = np.take_along_axis(own.n_bytes[groups], order, axis=1)
+        moved = np.zeros((len(prices.ram), len(own.highest), n))
+        for i, price in enumerate(prices.ram):
+            least = np.minimum.accumulate(base + price * n_bytes, axis=1)
+            there = np.where(upto >= 0, np.take_along_axis(least, upto.clip(0), axis=1), np.inf)
+            for z, each in enumerate(there.T):
+                moved[i, z] = np.bincount(own.layer[groups], each, n)
+        return moved
 
     def _steepest(self, use: FloatArray) -> float:
         """Return a price of a unit of `use` at which every group takes least of it."""
@@ -322,11 +322,31 @@ class Bounds:
         return _STEEP * float((span[some] / most[some]).max(initial=0.0)) or 1.0
 
 
+def by_layer(
+    layers: Layers, side: Side, memory: FloatArray, third: float
+) -> tuple[FloatArray, FloatArray]:
+    """Return (prices, blocks) least priced cost of what stays with its layer and what moves."""
+    base = side.cost + third * side.third
+    n = len(layers.waiting)
+    rest, moved = np.zeros((len(memory), n)), np.zeros((len(memory), n))
+    for i, price in enumerate(memory):
+        least = (base + price * layers.n_bytes).min(axis=1)
+        rest[i] = np.bincount(layers.layer, np.where(layers.movable, 0.0, least), n)
+        moved[i] = np.bincount(layers.layer, np.where(layers.movable, least, 0.0), n)
+    return rest, moved
+
+
+def ram_side(bounds: Bounds, z: int) -> Side:
+    """Return the layers' groups in RAM, their experts up to level `z` only."""
+    allowed = bounds.layers.level <= bounds.layers.highest[z]
+    return Side(np.where(allowed, bounds.ram.cost, np.inf), bounds.ram.third)
+
+
 def _side(
     allowed: NDArray[np.bool_], damage: FloatArray, seconds: FloatArray, is_damage: bool
-) -> _Side:
+) -> Side:
     cost, third = (damage, seconds) if is_damage else (seconds, damage)
-    return _Side(np.where(allowed, cost, np.inf), np.where(allowed, third, 0.0))
+    return Side(np.where(allowed, cost, np.inf), np.where(allowed, third, 0.0))
 
 
 def _outside(choices: Choices, n_blocks: int, is_damage: bool) -> _Outside:
@@ -341,7 +361,7 @@ def _outside(choices: Choices, n_blocks: int, is_damage: bool) -> _Outside:
     return _Outside(cost, use[:-1].sum(axis=0), use[-1], third)
 
 
-def _apart(outside: _Outside, prices: _Prices) -> FloatArray:
+def outside_cost(outside: _Outside, prices: Prices) -> FloatArray:
     """Return (prices of GPUs, prices of RAM) least priced cost outside the layers."""
     gpu = prices.gpu[:, None, None, None] * outside.gpu
     ram = prices.ram[:, None, None] * outside.ram
@@ -355,7 +375,7 @@ def _inside(choices: Choices, member: int, n_blocks: int) -> bool:
     return layer is not None and layer < n_blocks
 
 
-def _sums(values: FloatArray) -> FloatArray:
+def sums(values: FloatArray) -> FloatArray:
     """Return the sums of the first 0, 1, … n values of the last axis, (…, n + 1)."""
     nothing = np.zeros((*values.shape[:-1], 1))
     return np.concatenate([nothing, np.cumsum(values, axis=-1)], axis=-1)
@@ -370,7 +390,7 @@ def _grid(top: float, factor: float) -> FloatArray:
 def _levels(counts: Sequence[Count], sizes: FloatArray) -> tuple[FloatArray, FloatArray]:
     """Return the ranges of the largest expert tensor in RAM, (Z,) low and high ends."""
     highest = float(sizes.max(initial=0.0))
-    buffers = [m for c in counts[:1] for some in c.memory for m in some]
+    buffers = [m for c in counts for some in c.memory for m in some]
     if not any(r.coefficient for m in buffers for r in m.compute):
         return np.zeros(1), np.array([highest])
     each = np.unique(np.concatenate([[0.0], sizes]))

@@ -25,6 +25,7 @@ from quantmix.rig.device import Rig
 from quantmix.search.base import QUICK, Goals, Tried, better
 from quantmix.search.choices import DAMAGE, SECONDS, to_problem
 from quantmix.search.hybrid import HybridSearch
+from quantmix.search.leading import Bounds
 from quantmix.search.placement import move_boundary
 from quantmix.search.timing import Timing
 from quantmix.solve.bound import total
@@ -171,7 +172,7 @@ class _Search(HybridSearch):
         if alone is not None and better(alone.solution, least.solution):
             least = alone
         if not least.fits:
-            return self._short()
+            return self._short(bounds)
         lowest = float(bounds.lower.min())
         limits = self._worthwhile(least.solution.objective, lowest)
         least = self._known(self._closer(least, limits))
@@ -229,11 +230,15 @@ class _Search(HybridSearch):
         """Whether any mix fits: smallest types packed; a search when a speed is asked for."""
         if not self.rig.has_ram:
             return self._resident(0).fits
+        if self.timing.min_tps is None and self._packed_mix() is not None:
+            return True
+        layers = self._layers()
+        bounds, possible = layers.least_damage(self.timing.wanted), self._possible(layers)
+        if self._hopeless(bounds):
+            return False
         if self.timing.min_tps is not None:
-            layers = self._layers()
-            bounds = layers.least_damage(self.timing.wanted)
-            return self._least_damage(bounds, self._possible(layers)).fits
-        if self._packed_mix() is not None:
+            return self._least_damage(bounds, possible).fits
+        if self._of_splits(bounds, possible) is not None:
             return True
         frame = self._frame(self._host_counts()[0])
         return frame is not None and self._rounded(frame) is not None
@@ -271,7 +276,9 @@ class _Search(HybridSearch):
 
     def fastest(self) -> float:
         """Return the most tokens per second that a mix was found to reach, 0 when nothing fits."""
-        free = replace(self, timing=replace(self.timing, min_tps=None), frames={}, ends={}, memo={})
+        free = replace(
+            self, timing=replace(self.timing, min_tps=None), frames={}, rows={}, beside={}, memo={}
+        )
         tried = free._fastest_mixes() if self.rig.has_ram else [free._resident(0)]
         seconds = np.inf
         for some in tried:
@@ -286,12 +293,13 @@ class _Search(HybridSearch):
             seconds = min(seconds, found.objective + self.timing.fixed(some.placement))
         return 1.0 / seconds
 
-    def _short(self) -> Shortage:
+    def _short(self, bounds: Bounds) -> Shortage:
         """Return what is missing: RAM alone or GPU memory alone, whatever number of layers is best.
 
         Where every number of layers misses both, the least sum.
         """
         every = [self._packed(n).missing for n in self._host_counts()]
+        every += [self._packed_at(p).missing for p in self._promising_splits(bounds)]
         if not all(every):
             return Shortage({})
         host = self.rig.host.name

@@ -172,8 +172,7 @@ def proof(name: str, gpus: str, ram: str, min_tps: float | None = None) -> tuple
     from quantmix.design import Options, run
 
     budget = Budget.from_gpus(gpus, ram=ram, cpu="desktop-ddr5-6000-2ch")
-    goals = Goals(quality_slack=0.0)
-    o = run(qm.load_model(name), budget, Options(goals=goals, min_tps=min_tps)).recipe.optimality
+    o = run(qm.load_model(name), budget, Options(min_tps=min_tps)).recipe.optimality
     return o.objective - o.given_for_speed, o.lower_bound, o.status
 
 
@@ -192,8 +191,26 @@ def test_more_memory_never_costs_damage(name: str, rigs: list[str]) -> None:
     for rig in rigs:
         damage, bound, _ = proof(name, *rig.split())
         assert bound <= before * (1 + 1e-9), rig
-        assert damage <= max(before, bound) * 1.06, rig
+        assert damage <= max(before, bound) * 1.03, rig
         before = damage
+
+
+@pytest.mark.parametrize(
+    ("name", "gpus", "ram", "min_tps"),
+    [
+        ("glm-4.5-air", "1x24G", "64G", None),
+        ("glm-4.5-air", "2x16G,1x8G", "32G", None),
+        ("deepseek-r1", "2x24G,1x32G", "192G", None),
+        ("kimi-k2-instruct", "2x24G,1x32G", "256G", None),
+        ("deepseek-r1", "2xrtx-5090,2xrtx-4090", "512G", 10.0),
+    ],
+)
+def test_whole_layers_come_near_their_bound(
+    name: str, gpus: str, ram: str, min_tps: float | None
+) -> None:
+    """On tight rigs and unequal cards the least damage is known to two percent."""
+    damage, bound, _ = proof(name, gpus, ram, min_tps)
+    assert bound <= damage <= bound * 1.02
 
 
 def test_ram_that_holds_the_model_at_its_best_is_used() -> None:
@@ -202,6 +219,18 @@ def test_ram_that_holds_the_model_at_its_best_is_used() -> None:
     assert damage < 5e-4
     assert status == "optimal"
     assert damage <= bound * (1 + 8e-5)
+
+
+def shuffled(device: tuple[int, ...], random: np.random.Generator) -> tuple[int, ...]:
+    """Return a split with the same layers in RAM and its boundaries anywhere."""
+    on_gpu = [d for d in device if d >= 0]
+    n_cuts = len(set(on_gpu)) - 1
+    if n_cuts < 1:
+        return device
+    cuts = np.sort(random.choice(np.arange(1, len(on_gpu)), n_cuts, replace=False))
+    homes = sorted(set(on_gpu))
+    there = [homes[int(np.searchsorted(cuts, i, side="right"))] for i in range(len(on_gpu))]
+    return (*device[: len(device) - len(on_gpu)], *there)
 
 
 @pytest.mark.parametrize(
@@ -221,6 +250,7 @@ def test_the_bound_holds_for_every_placement(
 
     from quantmix.search.base import QUICK
     from quantmix.search.planner import _Search
+    from quantmix.search.splits import Splits
 
     model = qm.load_model(name)
     budget = Budget.from_gpus(gpus, ram=ram, cpu="desktop-ddr5-6000-2ch")
@@ -233,11 +263,15 @@ def test_the_bound_holds_for_every_placement(
     bounds = layers.least_damage(times.wanted)
     search._least_damage(bounds, search._possible(layers))
     random = np.random.default_rng(1)
+    splits = Splits(bounds, search.model, search.rig, search.settings)
+    for k in np.argsort(bounds.best, axis=None)[:12].tolist():
+        splits.look(*(int(i) for i in np.unravel_index(k, bounds.best.shape)))
     n_fitting = 0
     for host_layers in random.choice(list(search._host_counts()), 12, replace=False).tolist():
         placement = search._placement(search._even_weights(), host_layers)
         movable = sorted(search._movable(placement.layer_device))
         for share in (0.0, 0.5, 0.9, 1.0):
+            placement = replace(placement, layer_device=shuffled(placement.layer_device, random))
             moved = frozenset(i for i in movable if random.random() < share)
             tried = search._solve(replace(placement, cpu_experts=moved), QUICK)
             if tried.fits:
