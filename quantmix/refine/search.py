@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
+from scipy.special import ndtr, stdtrit
 
 from quantmix.measurements import Scope
 from quantmix.refine import factors as fitting
@@ -22,7 +23,7 @@ from quantmix.refine.swaps import REACHES, candidates
 from quantmix.solve.problem import IntArray
 
 SURE: Final = 2.0
-"""Standard errors that the gain on held-out chunks must exceed."""
+"""Standard errors that the gain on held-out chunks must exceed, more where they are few."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,11 +59,14 @@ class Difference:
 
     mean: float
     err: float
+    pairs: int
 
     @property
     def is_gain(self) -> bool:
-        """Whether it is below zero beyond doubt."""
-        return self.mean < -SURE * self.err
+        """Whether it is below zero beyond doubt: by chance as seldom as `SURE` says (Student)."""
+        if self.pairs < 2:
+            return False
+        return self.mean < float(stdtrit(self.pairs - 1, ndtr(-SURE))) * self.err
 
 
 Evaluate = Callable[[Mapping[str, str], Place, str], Score | None]
@@ -128,7 +132,7 @@ def paired(after: Sequence[float], before: Sequence[float]) -> Difference:
     """Return the mean of after − before, with the standard error of independent pairs."""
     d = np.asarray(after) - np.asarray(before)
     err = float(d.std(ddof=1) / math.sqrt(len(d))) if len(d) > 1 else math.inf
-    return Difference(float(d.mean()), err)
+    return Difference(float(d.mean()), err, len(d))
 
 
 def search(frame: Frame, settings: Settings, evaluate: Evaluate) -> Found | None:

@@ -147,6 +147,10 @@ def test_noise_is_no_gain(plain: Frame) -> None:
     assert not paired([1.0, -1.2, 0.9, -1.0], [0.0] * 4).is_gain
     assert paired([-1.0, -1.2, -0.9, -1.0], [0.0] * 4).is_gain
     assert not paired([-1.0], [0.0]).is_gain
+    few, many = [-1.0, -0.2, -0.9, -0.1], [-1.0, -0.2, -0.9, -0.1] * 4
+    assert paired(few, [0.0] * 4).mean < -2.0 * paired(few, [0.0] * 4).err
+    assert not paired(few, [0.0] * 4).is_gain
+    assert paired(many, [0.0] * 16).is_gain
 
 
 def test_a_mix_that_the_engine_cannot_have_costs_itself_only(plain: Frame) -> None:
