@@ -244,7 +244,10 @@ def load(path: str | Path) -> Recipe:
         raise BadFile(f"{file} cannot be read as a recipe: {err}") from err
     if not isinstance(doc, dict) or doc.get("schema") != SCHEMA:
         raise BadFile(f"{file} is not a quantmix recipe of schema {SCHEMA}")
-    return Recipe.from_json(doc)
+    try:
+        return Recipe.from_json(doc)
+    except BadFile as err:
+        raise BadFile(f"{file} is {err}") from err
 
 
 def _plain(value: Any) -> Any:

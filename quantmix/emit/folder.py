@@ -43,8 +43,7 @@ def write_folder(recipe: Recipe, folder: str | Path, *, figures: bool = True) ->
     try:
         place = target.resolve()
         place.parent.mkdir(parents=True, exist_ok=True)
-        if place.exists() and not (place / "recipe.json").exists() and any(place.iterdir()):
-            raise UsageError(f"{target} exists and is no recipe folder: choose another --out")
+        require_place(target)
         fresh = Path(tempfile.mkdtemp(prefix=f".{place.name}-", dir=place.parent))
     except OSError as err:
         raise UsageError(f"cannot write to {target}: {err.strerror}") from err
@@ -67,6 +66,20 @@ def write_folder(recipe: Recipe, folder: str | Path, *, figures: bool = True) ->
             f"{err.filename}: {err.strerror}"
         ) from err
     return Written(target, (kept_note(target / kept.name, outdated),) if kept else ())
+
+
+def require_place(folder: Path) -> None:
+    """Refuse a folder that `write_folder` would refuse.
+
+    Raises:
+        UsageError: it holds no recipe but something else, or is a file.
+    """
+    try:
+        taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    except OSError as err:
+        raise UsageError(f"cannot write to {folder}: {err.strerror}") from err
+    if taken and not (folder / "recipe.json").exists():
+        raise UsageError(f"{folder} exists and is no recipe folder: choose another --out")
 
 
 def _document(recipe: Recipe) -> str:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from quantmix.engine.ghost import model_engine
 from quantmix.errors import BadFile, UsageError
 from quantmix.ggml import imatrix as imatrices
-from quantmix.ggml.types import default_palette, table
+from quantmix.ggml.types import default_palette, get, table
 from quantmix.loss.model import LossModel
 from quantmix.memory.head import EMBEDDING, held_twice
 from quantmix.memory.homes import is_movable
@@ -84,6 +84,9 @@ def limits_of(recipe: Recipe, types: Sequence[str], *, imatrix: bool) -> TypeLim
 
     Args:
         types: the palette instead, when not empty.
+
+    Raises:
+        UnknownName: a type of the recipe that its engine does not have.
     """
     told = recipe.budget.get("limits") or {}
     engine = model_engine(recipe)
@@ -93,7 +96,7 @@ def limits_of(recipe: Recipe, types: Sequence[str], *, imatrix: bool) -> TypeLim
         for n in told.get("types") or ()
         if imatrix or n not in known or known[n].imatrix in ("no", "advised")
     )
-    used = sorted({t.type for t in recipe.tensors if known[t.type].is_quantized})
+    used = sorted({t.type for t in recipe.tensors if get(t.type, engine).is_quantized})
     if not names and not set(used) <= {t.name for t in default_palette(engine)}:
         names = tuple(used)
     rules = [m.groups() for c in recipe.optimality.constraints if (m := _RULE.fullmatch(c))]

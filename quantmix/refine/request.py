@@ -12,6 +12,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from quantmix.emit.folder import require_place, write_folder
 from quantmix.engine import native
 from quantmix.engine.ghost import check
 from quantmix.engine.perplexity import read_corpus
@@ -142,6 +143,7 @@ def prepare(
     place = (out or folder.parent) / named
     if place.resolve() == folder.resolve():
         raise UsageError(f"{place} is the recipe itself: give another --name or --out")
+    require_place(place)
     frame = worker.frame_for(job)
     target = file or place.with_name(f"{named}.probes.json")
     known = results.load(target, _conditions(job, weights))
@@ -197,8 +199,6 @@ def _write(prepared: Prepared, found: Found) -> tuple[Recipe, Path, tuple[str, .
     Raises:
         CheckFailed: the check does not hold; nothing is written.
     """
-    from quantmix.emit.folder import write_folder
-
     recipe = outcome.refined_recipe(
         prepared.recipe,
         prepared.frame,

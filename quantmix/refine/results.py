@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from quantmix.engine.variants import STRETCHES
 from quantmix.errors import BadFile
 from quantmix.files import write_text
 from quantmix.refine.search import Place, Score
@@ -111,12 +112,18 @@ def from_json(doc: Mapping[str, Any], name: str) -> Results:
     """
     try:
         found = Results(dict(doc["conditions"]), dict(doc["scores"]), dict(doc["failed"]))
-        for row in found.scores.values():
-            for name_of in ("kld", "ln_ratio", "base_nll"):
+        for place, row in found.scores.items():
+            count = int(place.rpartition("+")[2])
+            for name_of, each in (("kld", STRETCHES), ("ln_ratio", 1), ("base_nll", 1)):
+                if len(row[name_of]) != count * each:
+                    raise BadFile(
+                        f"{name} is damaged: {place} has {len(row[name_of])} numbers in {name_of}, "
+                        f"not {count * each}: give another --probes file"
+                    )
                 if not all(math.isfinite(x) for x in row[name_of]):
                     raise BadFile(f"{name} holds a score that is no finite number")
     except (KeyError, TypeError, ValueError, AttributeError) as err:
         if isinstance(err, BadFile):
             raise
-        raise BadFile(f"{name} is damaged: {err!r}") from err
+        raise BadFile(f"{name} is damaged: {err!r}: give another --probes file") from err
     return found

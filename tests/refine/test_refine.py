@@ -182,6 +182,16 @@ def test_wrong_inputs_name_the_mend(bench: Bench, tmp_path: Path) -> None:
     foreign = tmp_path / "foreign.json"
     foreign.write_text('{"schema": 1, "kind": "quantmix-refinement", "conditions": {}, "scores":'
                        ' {}, "failed": {}}')  # fmt: skip
+    short = tmp_path / "short.json"
+    doc = json.loads((bench.out / "tiny-refined.probes.json").read_text())
+    next(iter(doc["scores"].values()))["kld"].pop()
+    short.write_text(json.dumps(doc))
+    doc = json.loads((bench.recipe / "recipe.json").read_text())
+    doc["tensors"][0]["type"] = "q9_Z"
+    (tmp_path / "unknown.json").write_text(json.dumps(doc))
+    del doc["tensors"][0]["type"]
+    (tmp_path / "lacking.json").write_text(json.dumps(doc))
+    (tmp_path / "taken").write_text("")
     cases: list[tuple[list[object], str]] = [
         ([tmp_path / "none", bench.source, *whole], "no recipe at"),
         ([bench.recipe, tmp_path / "none.gguf", *whole], "none.gguf"),
@@ -194,6 +204,10 @@ def test_wrong_inputs_name_the_mend(bench: Bench, tmp_path: Path) -> None:
         ([bench.recipe, bench.source, *whole, "--held-out", 90], "fewer --chunks and --held-out"),
         ([bench.recipe, bench.source, *whole, "--probes", foreign], "give another --probes"),
         ([bench.recipe, bench.source, *whole, "--probes", bench.source], "cannot be read"),
+        ([bench.recipe, bench.source, *whole, "--probes", short], "9 numbers in kld, not 10"),
+        ([tmp_path / "unknown.json", bench.source, *whole], "unknown type for ik 'q9_Z'"),
+        ([tmp_path / "lacking.json", bench.source, *whole], "lacking.json is not a quantmix"),
+        ([bench.recipe, bench.source, *whole, "--name", "taken"], "taken exists and is no recipe"),
         ([bench.recipe, bench.source, "--imatrix", bench.corpus, *common], "imatrix"),
         (
             [bench.recipe, bench.source, *whole, "--name", "tiny", "--out", bench.recipe.parent],
