@@ -183,14 +183,26 @@ def refine(prepared: Prepared, on_event: Callable[[dict[str, Any]], None] | None
     job, frame = prepared.job, prepared.frame
     worker.run(job, prepared.known, prepared.file, tick)
     found = worker.replay(job, frame, prepared.known)
-    if found is None:
-        why = prepared.known.failed.get(results.mix_key(frame.mix(frame.start)), "no reason given")
-        raise EngineError(f"the engine cannot have {prepared.recipe.name}: {why}")
+    if found is None or found.unjudged:
+        raise EngineError(_failure(prepared, found))
     answer = Outcome(prepared, found, None, None, (), 0.0)
     if found.accepted:
         recipe, folder, notes = _write(prepared, found)
         answer = replace(answer, recipe=recipe, folder=folder, notes=notes)
     return replace(answer, seconds=time.perf_counter() - started)
+
+
+def _failure(prepared: Prepared, found: Found | None) -> str:
+    """Return why the recipe could not be measured, or the best mix not be judged."""
+    frame, failed = prepared.frame, prepared.known.failed
+    choices = [frame.start, found.choice] if found else [frame.start]
+    keys = [results.mix_key(frame.mix(c)) for c in choices]
+    why = next((failed[k] for k in keys if k in failed), "no reason given")
+    what = "judge the best mix on the held-out chunks" if found else f"have {prepared.recipe.name}"
+    return (
+        f"the engine cannot {what}: {why} (to try it again, take it out of `failed` in "
+        f"{prepared.file})"
+    )
 
 
 def _write(prepared: Prepared, found: Found) -> tuple[Recipe, Path, tuple[str, ...]]:

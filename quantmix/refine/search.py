@@ -55,7 +55,7 @@ class Score:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """Mean of paired differences and its standard error, nats."""
+    """Mean of so many paired differences and its standard error, nats."""
 
     mean: float
     err: float
@@ -113,7 +113,8 @@ class Found:
     Attributes:
         choice: (G,) the best mix on the probed chunks, the start when there is none.
         rounds: what led there.
-        before, after, difference: on the held-out chunks; None when nothing was to be judged.
+        before, after, difference: on the held-out chunks; None when nothing was to be judged, or
+            the engine failed there.
     """
 
     choice: IntArray
@@ -121,6 +122,11 @@ class Found:
     before: Score | None = None
     after: Score | None = None
     difference: Difference | None = None
+
+    @property
+    def unjudged(self) -> bool:
+        """Whether there is a better mix on the probed chunks that the engine failed to judge."""
+        return self.difference is None and any(r.chosen is not None for r in self.rounds)
 
     @property
     def accepted(self) -> bool:
@@ -157,7 +163,7 @@ def search(frame: Frame, settings: Settings, evaluate: Evaluate) -> Found | None
     before = evaluate(frame.mix(frame.start), settings.judged, "held-out chunks: the recipe")
     after = evaluate(frame.mix(now), settings.judged, "held-out chunks: the new mix")
     if before is None or after is None:
-        return Found(frame.start, tuple(rounds))
+        return Found(now, tuple(rounds))
     difference = paired(after.by_chunk, before.by_chunk)
     return Found(now, tuple(rounds), before, after, difference)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,25 @@ def test_a_crash_costs_the_mix_that_caused_it(
     answer = worker.replay(bench.job(), prepared.frame, kept)
     assert answer is not None
     assert len(answer.rounds[0].probes) == len(bench.answer.found.rounds[0].probes) - 1
+
+
+def test_a_failure_on_held_out_chunks_is_no_verdict(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The best mix could not be judged: exit 4 that says why and how to try again."""
+    prepared = request.prepare(bench.job(), out=bench.out)
+    best = results.mix_key(prepared.frame.mix(bench.answer.found.choice))
+    doc = prepared.known.to_json()
+    del doc["scores"][f"{best}@2+6"]
+    doc["failed"] = {best: "died of SIGKILL"}
+    broken = replace(prepared, known=results.from_json(doc, ""), file=tmp_path / "p.json")
+    monkeypatch.setattr(worker, "_scorer", None)
+    with pytest.raises(EngineError, match=r"judge .*: died of SIGKILL .*`failed` in .*p\.json"):
+        request.refine(broken)
+    doc["failed"] = {results.mix_key(prepared.frame.mix(prepared.frame.start)): "no room"}
+    doc["scores"] = {}
+    with pytest.raises(EngineError, match=r"cannot have tiny: no room .*`failed` in .*p\.json"):
+        request.refine(replace(broken, known=results.from_json(doc, "")))
 
 
 def test_a_recipe_that_stays_is_said_and_nothing_written(bench: Bench, tmp_path: Path) -> None:
