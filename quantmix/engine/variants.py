@@ -32,6 +32,10 @@ class MixScorer:
     Args:
         need: chunks that the corpus must have.
 
+    Attributes:
+        unread: tensors that the graph never reads, so that no score tells of them: MTP blocks, and
+            attn_k_b and attn_v_b where prompts go through attn_kv_b, which is built at load.
+
     Raises:
         BadFile: a source, text or imatrix that cannot be read.
         UsageError: the corpus is too short.
@@ -62,6 +66,7 @@ class MixScorer:
             matrix = imatrices.read(imatrix) if imatrix else None
             self._swapper = Swapper(session, weights, Quantizer(weights, matrix, n))
             self._runner = Evaluator(session, n)
+            self.unread = sorted(self._swapper.unseen(weights.tensors))
             self._base: tuple[tuple[int, int], list[BaseRows]] | None = None
             self._stack = stack.pop_all()
 

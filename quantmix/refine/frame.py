@@ -7,7 +7,7 @@ every budget that the recipe keeps is kept.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -43,6 +43,7 @@ class Frame:
         use: (P, G, J) bytes on each device. capacity: (P,) what the recipe uses there.
         pools: name of each device, shape (P,).
         placement: homes of layers and experts; None for a bare file.
+        held: tensors that keep the type of the recipe, since no score tells of them.
     """
 
     model: Model
@@ -53,6 +54,18 @@ class Frame:
     capacity: FloatArray
     pools: tuple[str, ...]
     placement: Placement | None = None
+    held: frozenset[str] = frozenset()
+
+    def holding(self, unread: Iterable[str]) -> Frame:
+        """Return the frame with the types of the recipe for what the engine never reads."""
+        held = frozenset(unread)
+        damage = self.choices.damage.copy()
+        for g, group in enumerate(self.choices.groups):
+            if any(self.model.tensors[m].name in held for m in group.members):
+                kept = damage[g, self.start[g]]
+                damage[g] = np.inf
+                damage[g, self.start[g]] = kept
+        return replace(self, choices=replace(self.choices, damage=damage), held=held)
 
     @property
     def damage(self) -> FloatArray:

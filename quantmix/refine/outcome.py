@@ -23,6 +23,10 @@ _ANOTHER: Final = (
     "measured with the packaged CPU engine on one text: other text moves the level by tens of "
     "percent, and other hardware rounds activations differently"
 )
+_UNREAD: Final = (
+    "{} as in the recipe: the packaged engine does not read them on a text, so the KLD tells "
+    "nothing of them"
+)
 _SPEED: Final = "the speed was not predicted again: bytes on every device are as before, types not"
 
 
@@ -52,7 +56,7 @@ def refined_recipe(
         name=name,
         budget=recipe.budget,
         devices=devices,
-        quality=replace(_quality(found.after, bool(devices)), damage=total),
+        quality=replace(_quality(found.after, held_note(frame), bool(devices)), damage=total),
         optimality=Optimality(
             status="feasible",
             objective=total,
@@ -65,6 +69,14 @@ def refined_recipe(
         flags=flags,
     )
     return replace(made, refined=_refined(recipe, found, len(swaps), conditions, n_ctx))
+
+
+def held_note(frame: Frame) -> tuple[str, ...]:
+    """Return a note on loaded matrices that no score tells of, none when there are none."""
+    roles = dict.fromkeys(
+        t.role for t in frame.model.tensors if t.name in frame.held and t.quantizable and t.loaded
+    )
+    return (_UNREAD.format(", ".join(roles)),) if roles else ()
 
 
 def swaps_of(recipe: Recipe, tensors: tuple[PlannedTensor, ...]) -> list[dict[str, str]]:
@@ -120,7 +132,7 @@ def _rig(recipe: Recipe) -> Rig:
     return Rig(tuple(devices[:-1]), devices[-1], ideal=bool(recipe.budget.get("ideal")))
 
 
-def _quality(after: Score, on_devices: bool) -> Quality:
+def _quality(after: Score, notes: tuple[str, ...], on_devices: bool) -> Quality:
     """Return the quality measured on the held-out chunks, with an interval for other text."""
     rise = paired(after.ln_ratio, [0.0] * len(after.ln_ratio))
     reach = _QUANTILE * math.hypot(rise.err, _OTHER_TEXT_LN_SD * rise.mean)
@@ -134,7 +146,7 @@ def _quality(after: Score, on_devices: bool) -> Quality:
         ppl_high=base * math.exp(high),
         ppl_base=base,
         basis="measured",
-        warnings=(_ANOTHER, *([_SPEED] if on_devices else [])),
+        warnings=(_ANOTHER, *notes, *([_SPEED] if on_devices else [])),
         ln_ppl_ratio_low=low,
         ln_ppl_ratio_high=high,
     )

@@ -144,9 +144,9 @@ def prepare(
     if place.resolve() == folder.resolve():
         raise UsageError(f"{place} is the recipe itself: give another --name or --out")
     require_place(place)
-    frame = worker.frame_for(job)
     target = file or place.with_name(f"{named}.probes.json")
     known = results.load(target, _conditions(job, weights))
+    frame = worker.frame_for(job).holding(known.unread or ())
     passes, judged = n_passes(frame, job.settings)
     return Prepared(
         job=job,
@@ -180,15 +180,18 @@ def refine(prepared: Prepared, on_event: Callable[[dict[str, Any]], None] | None
         if on_event:
             on_event({"mix": done, "of": prepared.mixes, **event})
 
-    job, frame = prepared.job, prepared.frame
+    job = prepared.job
     worker.run(job, prepared.known, prepared.file, tick)
+    frame = prepared.frame.holding(prepared.known.unread or ())
+    prepared = replace(prepared, frame=frame)
     found = worker.replay(job, frame, prepared.known)
     if found is None or found.unjudged:
         raise EngineError(_failure(prepared, found))
-    answer = Outcome(prepared, found, None, None, (), 0.0)
+    held = outcome.held_note(frame)
+    answer = Outcome(prepared, found, None, None, held, 0.0)
     if found.accepted:
         recipe, folder, notes = _write(prepared, found)
-        answer = replace(answer, recipe=recipe, folder=folder, notes=notes)
+        answer = replace(answer, recipe=recipe, folder=folder, notes=(*held, *notes))
     return replace(answer, seconds=time.perf_counter() - started)
 
 

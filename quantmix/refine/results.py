@@ -4,12 +4,14 @@
      "conditions": {"model": "<fingerprint>", "base": "<fingerprint of the source's data>",
                     "engine": "ik pip 0.1.5", "corpus": "<sha256>", "imatrix": "<sha256>" or null,
                     "n_ctx": 512},
+     "unread": ["blk.0.attn_k_b.weight", …],
      "scores": {"<mix>@<first>+<count>": {"kld": […], "ln_ratio": […], "base_nll": […],
                                           "seconds": 9.1}},
      "failed": {"<mix>": "why"}}
 
 `<mix>` is a hash of tensor → type. A score says nothing of what it was measured for, so it serves
-every later run under the same conditions, with other rounds, parts or types.
+every later run under the same conditions, with other rounds, parts or types. `unread` are tensors
+that the engine's graph never reads, null until the engine has said.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ class Results:
     conditions: dict[str, Any]
     scores: dict[str, dict[str, Any]] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
+    unread: list[str] | None = None
 
     def score(self, mix: Mapping[str, str], place: Place) -> Score | None:
         """Return the score of a mix, None when it is not known."""
@@ -47,8 +50,10 @@ class Results:
         return Score(tuple(row["kld"]), tuple(row["ln_ratio"]), tuple(row["base_nll"]))
 
     def take(self, event: Mapping[str, Any]) -> None:
-        """Add what an event of the worker tells: a score, or why there is none."""
-        if "score" in event:
+        """Add what an event of the worker tells: a score, why there is none, or what is unread."""
+        if "unread" in event:
+            self.unread = list(event["unread"])
+        elif "score" in event:
             self.scores[event["key"]] = event["score"]
         elif "why" in event:
             self.failed[event["key"].partition("@")[0]] = event["why"]
@@ -59,6 +64,7 @@ class Results:
             "schema": SCHEMA,
             "kind": KIND,
             "conditions": self.conditions,
+            "unread": self.unread,
             "scores": self.scores,
             "failed": self.failed,
         }
@@ -112,6 +118,7 @@ def from_json(doc: Mapping[str, Any], name: str) -> Results:
     """
     try:
         found = Results(dict(doc["conditions"]), dict(doc["scores"]), dict(doc["failed"]))
+        found.unread = doc.get("unread") and [str(n) for n in doc["unread"]]
         for place, row in found.scores.items():
             count = int(place.rpartition("+")[2])
             for name_of, each in (("kld", STRETCHES), ("ln_ratio", 1), ("base_nll", 1)):

@@ -93,7 +93,7 @@ def run(
         else:
             known.take(event)
             known.save(out)
-        if on_event:
+        if on_event and "unread" not in event:
             on_event(event)
 
     while True:
@@ -121,6 +121,12 @@ def answer(
 ) -> Found | None:
     """Run the search; scores that are not known come from the engine, which is opened once."""
     engine: list[MixScorer] = []
+    if known.unread is None:
+        engine.append(open_scorer())
+        said = {"unread": engine[0].unread}
+        known.take(said)
+        emit(said)
+    unread = known.unread or ()
 
     def evaluate(mix: Mapping[str, str], place: Place, what: str) -> Score | None:
         found = known.score(mix, place)
@@ -140,7 +146,7 @@ def answer(
         emit(event)
         return known.score(mix, place)
 
-    return search(frame_for(job), job.settings, evaluate)
+    return search(frame_for(job).holding(unread), job.settings, evaluate)
 
 
 def replay(job: Job, frame: Frame, known: Results) -> Found | None:

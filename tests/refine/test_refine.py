@@ -31,6 +31,8 @@ from quantmix.refine import request, results, worker
 from quantmix.refine.search import Place, Settings
 from quantmix.texts import text
 
+from .tiny_mla import write_mla
+
 pytestmark = pytest.mark.engine
 
 TYPES = ("q8_0", "q6_K", "q5_K", "q4_K", "q3_K", "q2_K")
@@ -152,6 +154,31 @@ def test_a_crash_costs_the_mix_that_caused_it(
     answer = worker.replay(bench.job(), prepared.frame, kept)
     assert answer is not None
     assert len(answer.rounds[0].probes) == len(bench.answer.found.rounds[0].probes) - 1
+
+
+def test_what_the_graph_never_reads_keeps_its_type(bench: Bench, tmp_path: Path) -> None:
+    """ik reads an attn_kv_b made at load: attn_k_b and attn_v_b would seem to cost nothing."""
+    source = write_mla(tmp_path / "mla.gguf")
+    options = Options(limits=TypeLimits(types=TYPES), name="mla")
+    model = load_model(str(source))
+    design(model, Budget.from_size("5bpw"), options=options).save(tmp_path / "mla", figures=False)
+    job = bench.job(recipe=tmp_path / "mla", source=source, imatrix=None)
+    answer = request.refine(request.prepare(job))
+    assert answer.found.accepted
+    probed = {r["role"] for r in answer.to_json()["rounds"][0]["probes"]}
+    assert "attn_q_b" in probed
+    assert not {"attn_k_b", "attn_v_b"} & probed
+    before, after = (
+        {t.name: t.type for t in load(tmp_path / n).tensors} for n in ("mla", "mla-refined")
+    )
+    for name in (f"blk.{i}.attn_{x}_b.weight" for i in (0, 1) for x in "kv"):
+        assert after[name] == before[name]
+    assert answer.recipe is not None
+    assert any("attn_k_b, attn_v_b as in" in w for w in answer.recipe.quality.warnings)
+    assert any("attn_k_b, attn_v_b as in" in note for note in answer.notes)
+    again = request.prepare(job)
+    assert again.frame.held
+    assert again.mixes < request.prepare(job, file=tmp_path / "new.json").mixes
 
 
 def test_a_failure_on_held_out_chunks_is_no_verdict(
