@@ -140,7 +140,8 @@ def prepare(
         read_imatrix(job.imatrix, weights)
     named = name or f"{recipe.name or folder.name}-refined"
     require_name(named)
-    place = (out or folder.parent) / named
+    beside = folder.resolve().parent if folder.name in ("", "..") else folder.parent
+    place = (out or beside) / named
     if place.resolve() == folder.resolve():
         raise UsageError(f"{place} is the recipe itself: give another --name or --out")
     require_place(place)

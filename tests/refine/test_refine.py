@@ -124,6 +124,21 @@ def test_nothing_is_measured_twice(bench: Bench, monkeypatch: pytest.MonkeyPatch
     assert (bench.out / "tiny-refined" / "rules.args").read_text() == before
 
 
+def test_beside_the_recipe_is_so_from_within_it(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A recipe named `.` or recipe.json has the same folder around it as by its path."""
+    (bench.recipe / "notes").mkdir()
+    there = request.prepare(bench.job()).out.resolve()
+    assert there == bench.recipe.parent / "tiny-refined"
+    monkeypatch.chdir(bench.recipe / "notes")
+    assert request.prepare(bench.job(recipe=Path(".."))).out.resolve() == there
+    monkeypatch.chdir(bench.recipe)
+    (bench.recipe / "notes").rmdir()
+    for name in (".", "recipe.json"):
+        assert request.prepare(bench.job(recipe=Path(name))).out.resolve() == there
+
+
 def test_a_crash_costs_the_mix_that_caused_it(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
