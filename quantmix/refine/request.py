@@ -188,12 +188,24 @@ def refine(prepared: Prepared, on_event: Callable[[dict[str, Any]], None] | None
     found = worker.replay(job, frame, prepared.known)
     if found is None or found.unjudged:
         raise EngineError(_failure(prepared, found))
-    held = outcome.held_note(frame)
-    answer = Outcome(prepared, found, None, None, held, 0.0)
+    said = (*outcome.held_note(frame), *_failed_note(prepared))
+    answer = Outcome(prepared, found, None, None, said, 0.0)
     if found.accepted:
         recipe, folder, notes = _write(prepared, found)
-        answer = replace(answer, recipe=recipe, folder=folder, notes=(*held, *notes))
+        answer = replace(answer, recipe=recipe, folder=folder, notes=(*said, *notes))
     return replace(answer, seconds=time.perf_counter() - started)
+
+
+def _failed_note(prepared: Prepared) -> tuple[str, ...]:
+    """Return a note on mixes that are left out since the engine failed on them, if there are."""
+    failed = prepared.known.failed
+    if not failed:
+        return ()
+    return (
+        f"left out, since the engine failed on them: {len(failed)} mixes, the first by "
+        f"{next(iter(failed.values()))!r}; to try them again, take them out of `failed` in "
+        f"{prepared.file}",
+    )
 
 
 def _failure(prepared: Prepared, found: Found | None) -> str:

@@ -168,6 +168,8 @@ def test_a_crash_costs_the_mix_that_caused_it(
     assert kept.scores.keys() == prepared.known.scores.keys()
     answer = worker.replay(bench.job(), prepared.frame, kept)
     assert answer is not None
+    told = request.refine(replace(prepared, known=kept)).notes
+    assert any("1 mixes, the first by 'died of SIGABRT'" in note for note in told)
     assert len(answer.rounds[0].probes) == len(bench.answer.found.rounds[0].probes) - 1
 
 
