@@ -100,6 +100,7 @@ def limits_of(recipe: Recipe, types: Sequence[str], *, imatrix: bool) -> TypeLim
 
     Raises:
         UnknownName: a type of the recipe that its engine does not have.
+        UsageError: a type that is asked for or pinned needs an imatrix, and there is none.
     """
     told = recipe.budget.get("limits") or {}
     engine = model_engine(recipe)
@@ -113,6 +114,12 @@ def limits_of(recipe: Recipe, types: Sequence[str], *, imatrix: bool) -> TypeLim
     if not names and not set(used) <= {t.name for t in default_palette(engine)}:
         names = tuple(used)
     rules = [m.groups() for c in recipe.optimality.constraints if (m := _RULE.fullmatch(c))]
+    for name in () if imatrix else (*types, *(q for _, _, q in rules)):
+        if name in known and known[name].imatrix in ("required", "asserted"):
+            raise UsageError(
+                f"{name} needs an imatrix: give the --imatrix that the recipe was made for, or "
+                "leave the type out of --types"
+            )
     return TypeLimits(
         types=names,
         pins=tuple((p, q) for kind, p, q in rules if kind == "pin"),

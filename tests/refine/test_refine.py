@@ -269,6 +269,10 @@ def test_wrong_inputs_name_the_mend(bench: Bench, tmp_path: Path) -> None:
         ([bench.recipe, bench.source, *whole, "--probes", foreign], "give another --probes"),
         ([bench.recipe, bench.source, *whole, "--probes", bench.source], "cannot be read"),
         ([bench.recipe, bench.source, *whole, "--probes", short], "9 numbers in kld, not 10"),
+        (
+            [bench.recipe, bench.source, *common, "--types", "q4_K,iq2_xxs"],
+            "iq2_xxs needs an imatrix: give the --imatrix",
+        ),
         ([tmp_path / "unknown.json", bench.source, *whole], "unknown type for ik 'q9_Z'"),
         ([tmp_path / "lacking.json", bench.source, *whole], "lacking.json is not a quantmix"),
         ([bench.recipe, bench.source, *whole, "--name", "taken"], "taken exists and is no recipe"),
