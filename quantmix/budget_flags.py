@@ -83,6 +83,21 @@ def require_sense(request: Request) -> str:
     return kind
 
 
+def names_a_machine(request: Request) -> bool:
+    """Whether a request names GPUs, as pasted flags need not.
+
+    Raises:
+        UsageError: it names none, but sets aside memory there, or tells of the RAM behind them.
+    """
+    if any((request.gpus, request.rig, request.vram)):
+        return True
+    for flag in _NEEDS:
+        if getattr(request, flag) not in (None, False):
+            name = flag.replace("_", "-")
+            raise UsageError(f"--{name} means nothing where no GPU is named: add --gpus")
+    return False
+
+
 def require_sense_on(request: Request, rig: Rig) -> None:
     """Refuse what this very rig cannot honour, though rigs of its kind can.
 

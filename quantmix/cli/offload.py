@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from quantmix.offload import OffloadPlan, StoredModel
     from quantmix.request import Request
 
+_NOT_OF_THE_REQUEST = ("at", "lint", "measured", "as_json", "quiet")
+
 
 def register(app: typer.Typer) -> None:
     """Add the command to `app`."""
@@ -68,8 +70,7 @@ def offload(
     quiet: QuietFlag = False,
 ) -> None:
     """Parse, call, print."""
-    others = ("at", "lint", "measured", "as_json", "quiet")
-    asked: dict[str, Any] = {k: v for k, v in locals().items() if k not in (*others, "others")}
+    asked: dict[str, Any] = {k: v for k, v in locals().items() if k not in _NOT_OF_THE_REQUEST}
     from quantmix.errors import UsageError
     from quantmix.models.sources import load_model
     from quantmix.request import Request
@@ -111,12 +112,13 @@ def _lint(
 ) -> None:
     from dataclasses import replace
 
+    from quantmix.budget_flags import names_a_machine
     from quantmix.emit.cmdline import parse_text
     from quantmix.explain import explain, type_in_name
     from quantmix.offload import stored
     from quantmix.request import budget_of
 
-    known = any((request.gpus, request.rig, request.vram))
+    known = names_a_machine(request)
     budget, _ = budget_of(
         request if known else replace(request, vram="1G"), is_mla=loaded.hparams.is_mla
     )

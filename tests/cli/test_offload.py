@@ -89,6 +89,7 @@ def test_pasted_flags_as_text_name_the_assumed_type() -> None:
         (("deepseek-r1", "--gpus", "1x24G", "--measured", "9"), 2, "--lint"),
         (("nobody-knows", "--gpus", "1x24G"), 2, "unknown model"),
         (("deepseek-r1", "--lint", "hello"), 2, "no flags"),
+        (("deepseek-r1", "--lint", "-ot exps=CPU", "--ram", "64G"), 2, "add --gpus"),
         (("deepseek-r1", "--at", "q9_9", "--gpus", "1x24G"), 2, "q9_9"),
     ],
 )
