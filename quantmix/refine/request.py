@@ -12,6 +12,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from quantmix import measurements
 from quantmix.emit.folder import require_place, write_folder
 from quantmix.engine import native
 from quantmix.engine.ghost import check
@@ -145,6 +146,8 @@ def prepare(
     if place.resolve() == folder.resolve():
         raise UsageError(f"{place} is the recipe itself: give another --name or --out")
     require_place(place)
+    if job.measurements:
+        job = replace(job, settings=replace(job.settings, seen=_seen(job, job.measurements)))
     target = file or place.with_name(f"{named}.probes.json")
     known = results.load(target, _conditions(job, weights))
     frame = worker.frame_for(job).holding(known.unread or ())
@@ -245,6 +248,16 @@ def _write(prepared: Prepared, found: Found) -> tuple[Recipe, Path, tuple[str, .
     recipe = replace(recipe, check=result.to_json())
     written = write_folder(recipe, prepared.out)
     return recipe, written.folder, written.notes
+
+
+def _seen(job: Job, file: Path) -> int:
+    """Return how many chunks of the text `measure` has seen; 0 where it saw another."""
+    found = measurements.load(file)
+    if found.corpus != read_corpus(job.corpus).sha256:
+        return 0
+    per_chunk = found.n_ctx - found.n_ctx // 2 - 1
+    chunks = max(-(-p.tokens // per_chunk) for p in found.probes) if found.probes else 0
+    return -(-max(chunks, found.chunks) * found.n_ctx // job.n_ctx)
 
 
 def _conditions(job: Job, weights: WeightsFile) -> dict[str, Any]:

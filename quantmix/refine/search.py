@@ -75,13 +75,17 @@ Evaluate = Callable[[Mapping[str, str], Place, str], Score | None]
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How much to measure: chunks per probe, chunks held out, rounds, and how parts are cut."""
+    """How much to measure: chunks per probe, chunks held out, rounds, and how parts are cut.
+
+    `seen` are chunks at the start of the text that the loss model was measured on.
+    """
 
     chunks: int = 8
     held_out: int = 16
     rounds: int = 2
     by: Scope = "band"
     bands: int = 3
+    seen: int = 0
 
     @property
     def probed(self) -> Place:
@@ -91,7 +95,7 @@ class Settings:
     @property
     def judged(self) -> Place:
         """Where the answer is judged: what was chosen was not chosen by it."""
-        return Place(self.chunks, self.held_out)
+        return Place(max(self.chunks, self.seen), self.held_out)
 
 
 @dataclass(frozen=True)

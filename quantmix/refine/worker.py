@@ -161,7 +161,7 @@ def replay(job: Job, frame: Frame, known: Results) -> Found | None:
 def _scorer(job: Job) -> MixScorer:
     from quantmix.engine.variants import MixScorer
 
-    need = job.settings.chunks + job.settings.held_out
+    need = job.settings.judged.first + job.settings.judged.count
     return MixScorer(
         job.source, job.corpus, job.imatrix, n_ctx=job.n_ctx, need=need, threads=job.threads
     )

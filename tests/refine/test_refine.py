@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "engine"))
 
 from tiny import write_tiny
 
+from quantmix import measure
 from quantmix.budget import Budget
 from quantmix.cli import refine as cli
 from quantmix.design import Options, design
@@ -23,6 +24,7 @@ from quantmix.engine import child, ghost
 from quantmix.engine.imatrix import collect
 from quantmix.engine.perplexity import evaluate
 from quantmix.engine.quantize import preflight, quantize
+from quantmix.engine.weights import open_weights
 from quantmix.errors import EngineError
 from quantmix.models.sources import load_model
 from quantmix.palette import TypeLimits
@@ -298,3 +300,17 @@ def test_scores_belong_to_a_mix_and_a_place() -> None:
     assert one == results.key({"b": "q8_0", "a": "q4_K"}, here)
     assert one != results.key({"a": "q4_K", "b": "q6_K"}, here)
     assert one != results.key({"a": "q4_K", "b": "q8_0"}, Place(2, 2))
+
+
+def test_what_measure_has_seen_is_not_held_out(bench: Bench, tmp_path: Path) -> None:
+    """Chunks that the loss model was measured on judge nothing; those of another text may."""
+    file = tmp_path / "m.json"
+    groups = measure.groups_of(open_weights(bench.source), "role", ["q4_K"], roles=["ffn_down"])
+    run = measure.Run(bench.source, bench.corpus, bench.imatrix, groups, {}, chunks=5, threads=1)
+    measure.measure(run, file)
+    job = bench.job(measurements=file)
+    assert request.prepare(job, out=tmp_path).job.settings.judged == Place(5, 6)
+    other = tmp_path / "other.txt"
+    other.write_text(bench.corpus.read_text()[9:])
+    prepared = request.prepare(replace(job, corpus=other), out=tmp_path)
+    assert prepared.job.settings.judged == Place(2, 6)
