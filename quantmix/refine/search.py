@@ -82,9 +82,9 @@ class Settings:
 
     chunks: int = 8
     held_out: int = 16
-    rounds: int = 2
+    rounds: int = 1
     by: Scope = "band"
-    bands: int = 3
+    bands: int = 2
     seen: int = 0
 
     @property
