@@ -27,9 +27,9 @@ from numpy.typing import NDArray
 from quantmix import measurements
 from quantmix.engine import child
 from quantmix.engine.child import Emit
-from quantmix.engine.weights import open_weights
 from quantmix.errors import BadFile, EngineError, UsageError
 from quantmix.ggml.types import GgmlType, get
+from quantmix.ggml.weights import open_weights
 from quantmix.loss import curve
 from quantmix.loss.measured import MeasuredModel
 from quantmix.loss.model import FloatArray

@@ -12,17 +12,17 @@ import quantmix
 from quantmix.emit.ftype import ftype_of
 from quantmix.emit.rules import build_rules
 from quantmix.ggml.header import DEFAULT_ALIGNMENT
+from quantmix.loss.quality import Quality
 from quantmix.recipe import (
     DeviceUse,
     EngineInfo,
     ModelInfo,
     Optimality,
     PlannedTensor,
-    Quality,
     Recipe,
     Size,
-    Speed,
 )
+from quantmix.speed.prediction import Speed
 from quantmix.units import MIB, pad
 
 if TYPE_CHECKING:

@@ -12,7 +12,6 @@ import numpy as np
 
 from quantmix.assemble import assemble
 from quantmix.budget import make_settings
-from quantmix.emit.parse_rules import resolve_rules
 from quantmix.errors import BadFile, UsageError
 from quantmix.files import require_name
 from quantmix.ggml.header import tensor_bytes
@@ -20,7 +19,9 @@ from quantmix.ggml.types import Engine, GgmlType, by_id, get, resolve
 from quantmix.loss.model import LossModel
 from quantmix.models.inspect import stored_type
 from quantmix.models.model import Model, Tensor
-from quantmix.recipe import Optimality, PlannedTensor, Recipe, Speed
+from quantmix.recipe import Optimality, PlannedTensor, Recipe
+from quantmix.rule_lines import resolve_rules
+from quantmix.speed.prediction import Speed
 
 _MAX_RULES_BYTES: Final = 16 << 20
 _MODEL_LINE: Final = re.compile(r"^#+\s*Model(?: name)?:\s*(\S+)\s*$", re.MULTILINE)

@@ -17,6 +17,7 @@ from quantmix.budget import Budget
 from quantmix.emit.flags import offload
 from quantmix.errors import CheckFailed, InfeasibleBudget, UsageError
 from quantmix.loss.model import LossModel
+from quantmix.loss.quality import Quality
 from quantmix.memory.head import EMBEDDING
 from quantmix.memory.homes import planned
 from quantmix.memory.model import HOST, Placement
@@ -27,15 +28,14 @@ from quantmix.recipe import (
     DeviceUse,
     Optimality,
     PlannedTensor,
-    Quality,
     Recipe,
-    Speed,
 )
 from quantmix.rig.device import Rig
 from quantmix.search.base import Goals
 from quantmix.search.filesize import plan_in_file
 from quantmix.search.planner import Plan, Shortage, plan_on_rig, price_per_gib
 from quantmix.solve.problem import Problem, Solution
+from quantmix.speed.prediction import Speed
 from quantmix.units import GIB
 
 if TYPE_CHECKING:

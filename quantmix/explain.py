@@ -34,9 +34,10 @@ from quantmix.memory.settings import Settings
 from quantmix.models.model import Model
 from quantmix.mtp import with_mtp
 from quantmix.offload import OffloadPlan, StoredModel, device_uses, holds, place
-from quantmix.recipe import DeviceUse, Speed
+from quantmix.recipe import DeviceUse
 from quantmix.rig.device import Device, Rig
 from quantmix.speed.model import calibration, of_unknown_bandwidth, plan_seconds, predict
+from quantmix.speed.prediction import Speed
 from quantmix.units import gib
 
 _SEVERITIES: Final = ("error", "warning", "note")

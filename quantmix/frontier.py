@@ -20,6 +20,7 @@ from quantmix.errors import InfeasibleBudget, UsageError
 from quantmix.ggml.header import DEFAULT_ALIGNMENT
 from quantmix.loss.evidence import Published, of_model
 from quantmix.loss.model import LossModel
+from quantmix.loss.quality import Quality
 from quantmix.memory.head import is_tied
 from quantmix.memory.kv import n_blocks
 from quantmix.memory.model import Placement
@@ -27,7 +28,6 @@ from quantmix.memory.plan import device_memory
 from quantmix.memory.settings import Settings
 from quantmix.models.model import Model
 from quantmix.palette import Palette, TypeLimits
-from quantmix.recipe import Quality
 from quantmix.search.choices import Choices
 from quantmix.search.filesize import choices_in_file, file_use
 from quantmix.solve.frontier import Hull, knee

@@ -18,10 +18,10 @@ from quantmix import measurements
 from quantmix.engine import child, native
 from quantmix.engine.perplexity import read_corpus
 from quantmix.engine.quantize import require_same_tensors
-from quantmix.engine.weights import WeightsFile, open_weights
 from quantmix.errors import BadFile, EngineError, UnknownName, UsageError
 from quantmix.ggml import imatrix as imatrices
 from quantmix.ggml import types
+from quantmix.ggml.weights import WeightsFile, open_weights
 from quantmix.measurements import Failed, Measurements, Probe, Scope, TensorError
 from quantmix.models.roles import is_quantizable, split_name
 from quantmix.recipe import Recipe

@@ -21,10 +21,11 @@ from quantmix.memory.plan import device_memory
 from quantmix.memory.settings import Settings
 from quantmix.models.model import Model, Tensor
 from quantmix.mtp import with_mtp
-from quantmix.recipe import DeviceUse, Speed
+from quantmix.recipe import DeviceUse
 from quantmix.rig.device import Rig
 from quantmix.search.placement import split_layers
 from quantmix.speed.model import plan_seconds, predict
+from quantmix.speed.prediction import Speed
 from quantmix.units import gib, ranges
 
 _BOUNDARY_ROUNDS: Final = 2

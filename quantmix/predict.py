@@ -9,14 +9,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from quantmix.assemble import size_of
-from quantmix.emit.parse_rules import resolve_rules
 from quantmix.errors import BadFile, UnknownName, UsageError
 from quantmix.ggml.header import is_gguf
 from quantmix.ggml.types import Engine, GgmlType, get, resolve
 from quantmix.loss import load as load_loss
 from quantmix.loss.model import LossModel
+from quantmix.loss.quality import Quality
 from quantmix.models.model import Model, Tensor
-from quantmix.recipe import PlannedTensor, Quality, Size
+from quantmix.recipe import PlannedTensor, Size
+from quantmix.rule_lines import resolve_rules
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from quantmix.errors import BadFile
+from quantmix.loss.quality import Quality
 from quantmix.memory.settings import Settings
+from quantmix.speed.prediction import Speed
 
 SCHEMA = 1
 
@@ -73,23 +75,6 @@ class DeviceUse:
 
 
 @dataclass(frozen=True, slots=True)
-class Quality:
-    """Predicted damage (nats) and what follows; `basis` is prior, calibrated or measured."""
-
-    damage: float
-    ln_ppl_ratio: float
-    ppl: float | None
-    ppl_low: float | None
-    ppl_high: float | None
-    ppl_base: float | None
-    basis: str
-    interval: float = 0.9
-    warnings: tuple[str, ...] = ()
-    ln_ppl_ratio_low: float | None = None
-    ln_ppl_ratio_high: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class Optimality:
     """How good the answer is, proven: objective, lower bound, prices in nats per GiB.
 
@@ -107,16 +92,6 @@ class Optimality:
     prices: dict[str, float] = field(default_factory=dict)
     given_for_speed: float = 0.0
     holds_for: str = "any mix"
-
-
-@dataclass(frozen=True, slots=True)
-class Speed:
-    """Predicted tokens per second with its band; None when the rig's bandwidth is unknown."""
-
-    tg_tps: float | None = None
-    tg_low: float | None = None
-    tg_high: float | None = None
-    pp_tps: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

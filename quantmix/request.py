@@ -227,7 +227,7 @@ def own_measurements(model: Model, db: str | Path | None = None) -> tuple[Measur
     Raises:
         UsageError: the model is not a GGUF here, so its measurements cannot be told from others.
     """
-    from quantmix.engine.weights import open_weights
+    from quantmix.ggml.weights import open_weights
     from quantmix.store import Store
 
     if not Path(model.source).exists():

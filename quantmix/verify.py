@@ -20,9 +20,9 @@ from quantmix.engine.child import Emit
 from quantmix.engine.perplexity import Evaluation, evaluate, read_corpus
 from quantmix.engine.quantize import compare
 from quantmix.engine.scores import Scores
-from quantmix.engine.weights import WeightsFile, open_weights
 from quantmix.errors import BadFile, QuantmixError, UsageError
 from quantmix.ggml.types import Engine
+from quantmix.ggml.weights import WeightsFile, open_weights
 from quantmix.loss.evidence import N_CTX
 from quantmix.recipe import Recipe
 from quantmix.recipe import load as load_recipe

@@ -20,8 +20,8 @@ from quantmix.assemble import header_allowance
 from quantmix.engine import binaries
 from quantmix.engine.imatrix import collect
 from quantmix.engine.quantize import preflight, quantize
-from quantmix.engine.weights import open_weights
 from quantmix.files import cache_folder, write_text
+from quantmix.ggml.weights import open_weights
 from quantmix.models.sources import load_model
 from quantmix.recipe import Recipe
 from quantmix.report import data, figures, pages

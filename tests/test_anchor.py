@@ -20,8 +20,8 @@ from quantmix import anchor, measure, measurements, verify
 from quantmix.cli import verify as cli
 from quantmix.engine.imatrix import collect
 from quantmix.engine.quantize import preflight, quantize
-from quantmix.engine.weights import open_weights
 from quantmix.errors import BadFile, EngineError, UsageError
+from quantmix.ggml.weights import open_weights
 from quantmix.store import Store
 from quantmix.texts import text
 

@@ -10,8 +10,8 @@ import pytest
 
 from quantmix import demo
 from quantmix.engine.perplexity import evaluate
-from quantmix.engine.weights import open_weights
 from quantmix.errors import BadFile, EngineError, UsageError
+from quantmix.ggml.weights import open_weights
 from quantmix.texts import text, wikitext
 
 

@@ -18,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).parent / "engine"))
 from tiny import write_tiny
 
 from quantmix import measure, measurements
-from quantmix.engine.weights import open_weights
 from quantmix.errors import BadFile, UnknownName, UsageError
+from quantmix.ggml.weights import open_weights
 from quantmix.measurements import Failed, Measurements, Probe, TensorError
 from quantmix.texts import text
 

@@ -20,8 +20,8 @@ from tiny import write_tiny
 
 from quantmix import verify
 from quantmix.engine.quantize import preflight, quantize
-from quantmix.engine.weights import open_weights
 from quantmix.errors import BadFile, CheckFailed
+from quantmix.ggml.weights import open_weights
 from quantmix.recipe import Recipe
 from quantmix.store import Store
 from quantmix.texts import text, wikitext

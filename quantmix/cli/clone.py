@@ -76,10 +76,10 @@ def import_(
         _import_table(file, model, out, as_json, quiet)
         return
     from quantmix import clone as cloning
-    from quantmix.emit.parse_rules import taken_by_accident
     from quantmix.errors import UsageError
     from quantmix.ggml.types import ENGINES
     from quantmix.models.sources import load_model
+    from quantmix.rule_lines import taken_by_accident
 
     spec = model or cloning.model_named_in(file)
     if spec is None:

@@ -64,9 +64,9 @@ def measure(
     """Plan the probes, run what is missing, print the table."""
     from quantmix import measure as work
     from quantmix.cli.progress import bar
-    from quantmix.engine.weights import open_weights
     from quantmix.flag_texts import split_names
     from quantmix.ggml.types import get
+    from quantmix.ggml.weights import open_weights
     from quantmix.recipe import load
     from quantmix.texts import text
 

@@ -14,7 +14,8 @@ from quantmix.sources import CREDIT
 from quantmix.units import gib
 
 if TYPE_CHECKING:
-    from quantmix.recipe import Quality, Recipe
+    from quantmix.loss.quality import Quality
+    from quantmix.recipe import Recipe
 
 
 def readme(recipe: Recipe) -> str:

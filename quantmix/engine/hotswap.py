@@ -25,12 +25,12 @@ from numpy.typing import NDArray
 
 from quantmix.engine import native
 from quantmix.engine.session import Session
-from quantmix.engine.weights import WeightsFile
 from quantmix.errors import UsageError
 from quantmix.ggml import imatrix as imatrices
 from quantmix.ggml import types
 from quantmix.ggml.imatrix import Imatrix
 from quantmix.ggml.types import GgmlType
+from quantmix.ggml.weights import WeightsFile
 from quantmix.models.trained import decode_floats
 
 Floats = NDArray[np.float32]

@@ -22,10 +22,10 @@ from quantmix.engine import child, native
 from quantmix.engine.child import Emit
 from quantmix.engine.perplexity import read_corpus
 from quantmix.engine.session import Session
-from quantmix.engine.weights import open_weights
 from quantmix.errors import EngineError
 from quantmix.ggml import imatrix as files
 from quantmix.ggml.imatrix import Entry, Imatrix
+from quantmix.ggml.weights import open_weights
 from quantmix.models.roles import is_quantizable
 
 _F32 = 0  # ggml type id

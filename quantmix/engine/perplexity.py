@@ -28,9 +28,9 @@ from quantmix.engine.mainline_find import find_mainline
 from quantmix.engine.mainline_session import MainlineSession
 from quantmix.engine.scores import Divergence, LogRatio, Perplexity, Scores
 from quantmix.engine.session import Session, Tokens, default_threads
-from quantmix.engine.weights import WeightsFile, open_weights
 from quantmix.errors import BadFile
 from quantmix.ggml.types import Engine
+from quantmix.ggml.weights import WeightsFile, open_weights
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,10 +13,10 @@ from quantmix.engine.logprobs import BaseReader
 from quantmix.engine.perplexity import Evaluator, describer, join, read_corpus
 from quantmix.engine.scores import Scores
 from quantmix.engine.session import Session, default_threads
-from quantmix.engine.weights import WeightsFile, open_weights
 from quantmix.errors import UsageError
 from quantmix.ggml import imatrix as imatrices
 from quantmix.ggml import types
+from quantmix.ggml.weights import WeightsFile, open_weights
 
 
 def task(request: dict[str, Any], emit: Emit) -> dict[str, Any]:

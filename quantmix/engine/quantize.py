@@ -23,13 +23,13 @@ from quantmix.engine.find import Program
 from quantmix.engine.ghost import model_engine
 from quantmix.engine.mainline_find import find_mainline
 from quantmix.engine.shards import require_fitting_shards, split
-from quantmix.engine.weights import WeightsFile, open_weights
 from quantmix.errors import BadFile, CheckFailed, EngineMissing, SourceMismatch, UsageError
 from quantmix.ggml import imatrix as imatrices
 from quantmix.ggml import types
 from quantmix.ggml.header import is_gguf
 from quantmix.ggml.shards import prefix_of
 from quantmix.ggml.types import Engine
+from quantmix.ggml.weights import WeightsFile, open_weights
 from quantmix.recipe import Recipe
 from quantmix.units import gib
 

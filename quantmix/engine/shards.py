@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import BinaryIO, Final
 
-from quantmix.engine.weights import WeightsFile
 from quantmix.errors import BadFile, UsageError
 from quantmix.ggml.header import DEFAULT_ALIGNMENT, TensorInfo
+from quantmix.ggml.weights import WeightsFile
 from quantmix.ggml.writer import KeyValues, NewTensor, copy_metadata, encode_header
 from quantmix.units import gib, pad
 

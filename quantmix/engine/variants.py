@@ -18,9 +18,9 @@ from quantmix.engine.hotswap import Quantizer, Swapper
 from quantmix.engine.perplexity import Evaluator, read_corpus
 from quantmix.engine.scores import BaseRows, Scores
 from quantmix.engine.session import Session, Tokens, default_threads
-from quantmix.engine.weights import open_weights
 from quantmix.errors import EngineError, UsageError
 from quantmix.ggml import imatrix as imatrices
+from quantmix.ggml.weights import open_weights
 
 STRETCHES: Final = 5
 """Parts of a chunk whose mean KLD is reported: differences of two mixes are paired by them."""

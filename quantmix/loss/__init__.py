@@ -57,7 +57,7 @@ def _same_model(model: Model, measured: Measurements, file: Path) -> None:
     path = Path(model.source)
     why = ""
     if model.header_bytes is not None and path.exists():
-        from quantmix.engine.weights import open_weights
+        from quantmix.ggml.weights import open_weights
 
         if open_weights(path).model_fingerprint != measured.model:
             why = "names, shapes or norms differ"

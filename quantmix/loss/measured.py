@@ -19,10 +19,10 @@ from quantmix.errors import UsageError
 from quantmix.ggml.types import GgmlType, table
 from quantmix.loss import calibrate, curve, features, prior, response, role_damage, trust
 from quantmix.loss.model import FloatArray
+from quantmix.loss.quality import Quality
 from quantmix.loss.role_damage import RoleDamage
 from quantmix.measurements import Measurements, Probe
 from quantmix.models.model import Model
-from quantmix.recipe import Quality
 
 # ln(PPL/base) per nat of KLD where the probes say nothing: 0.74 to 1.04 on 21 of 26 models with
 # pure types (GGUF Tool Suite sweeps). It counts like 0.05 nats of probes.

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from quantmix.emit.parse_rules import resolve_rules
 from quantmix.errors import BadFile, QuantmixError
 from quantmix.ggml.types import table
 from quantmix.loss import curve
 from quantmix.models.catalog import find
 from quantmix.models.model import Model
 from quantmix.models.sources import load_model
+from quantmix.rule_lines import resolve_rules
 
 _NAME: Final = re.compile(r"^(?P<model>.+?)\.[A-Za-z0-9_]+-[\d.]+bpw-(?P<ppl>\d+\.\d+)ppl")
 _BAD_MARK: Final = "incorrect ppl"

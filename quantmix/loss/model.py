@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantmix.ggml.types import GgmlType
+from quantmix.loss.quality import Quality
 from quantmix.models.model import Model
-from quantmix.recipe import Quality
 
 FloatArray = NDArray[np.float64]
 

@@ -27,8 +27,8 @@ from quantmix.loss import (
     trust,
 )
 from quantmix.loss.model import FloatArray, LossModel
+from quantmix.loss.quality import Quality
 from quantmix.models.model import Model
-from quantmix.recipe import Quality
 from quantmix.store import Measurement
 
 _ENOUGH_OWN = 3

@@ -11,10 +11,12 @@ import numpy as np
 
 from quantmix.assemble import assemble
 from quantmix.emit.flags import offload
-from quantmix.recipe import DeviceUse, Optimality, PlannedTensor, Quality, Recipe, Speed
+from quantmix.loss.quality import Quality
+from quantmix.recipe import DeviceUse, Optimality, PlannedTensor, Recipe
 from quantmix.refine.frame import Frame
 from quantmix.refine.search import Difference, Found, Score, paired
 from quantmix.rig.device import Device, Rig
+from quantmix.speed.prediction import Speed
 
 _QUANTILE: Final = 1.645
 # Damage moves with the text, as in `loss.measured`: what was measured here is off by so much there.

@@ -18,9 +18,9 @@ from quantmix.engine import native
 from quantmix.engine.ghost import check
 from quantmix.engine.perplexity import read_corpus
 from quantmix.engine.session import default_threads
-from quantmix.engine.weights import WeightsFile, open_weights
 from quantmix.errors import CheckFailed, EngineError, UsageError
 from quantmix.files import require_name
+from quantmix.ggml.weights import WeightsFile, open_weights
 from quantmix.measure import mix_of, read_imatrix, require_float
 from quantmix.recipe import Recipe, load
 from quantmix.refine import outcome, results, worker

@@ -15,10 +15,10 @@ from quantmix.memory.model import Placement
 from quantmix.memory.settings import Settings
 from quantmix.models.model import Model
 from quantmix.palette import Palette
-from quantmix.recipe import Speed
 from quantmix.rig.device import Rig
 from quantmix.speed import model as speed
 from quantmix.speed.constants import constants
+from quantmix.speed.prediction import Speed
 
 if TYPE_CHECKING:
     from quantmix.search.planner import Plan

@@ -26,10 +26,10 @@ from quantmix.memory.homes import planned
 from quantmix.memory.model import HOST, Placement
 from quantmix.memory.settings import Settings
 from quantmix.models.model import Model, Tensor
-from quantmix.recipe import Speed
 from quantmix.rig.cards import cards
 from quantmix.rig.device import Device, Rig
 from quantmix.speed.constants import class_of, constants
+from quantmix.speed.prediction import Speed
 from quantmix.speed.roofline import (
     Kind,
     Load,

@@ -16,9 +16,9 @@ from quantmix.batch.publish import STAGE, publish, recover, require_free_name
 from quantmix.batch.run import open_batch, run
 from quantmix.batch.state import Intent, State
 from quantmix.engine.quantize import compare
-from quantmix.engine.weights import open_weights
 from quantmix.errors import UsageError
 from quantmix.ggml.types import get
+from quantmix.ggml.weights import open_weights
 from quantmix.ggml.writer import NewTensor, encode_header, encode_metadata, write_sparse
 from quantmix.recipe import load as load_recipe
 from quantmix.verify import find_target

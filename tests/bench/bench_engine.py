@@ -24,8 +24,8 @@ from quantmix.engine.hotswap import Quantizer, Swapper
 from quantmix.engine.imatrix import collect
 from quantmix.engine.perplexity import Evaluator, evaluate, join, read_corpus
 from quantmix.engine.session import Session, default_threads
-from quantmix.engine.weights import open_weights
 from quantmix.ggml import imatrix as imatrices
+from quantmix.ggml.weights import open_weights
 from quantmix.texts import text
 
 TYPES = ["iq2_ks", "iq2_kl", "iq3_ks", "iq3_k", "iq4_ks", "iq5_k", "q4_K", "q6_K"]

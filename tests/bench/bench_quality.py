@@ -29,8 +29,8 @@ from quantmix.engine import binaries
 from quantmix.engine.imatrix import collect
 from quantmix.engine.perplexity import evaluate
 from quantmix.engine.quantize import preflight, quantize
-from quantmix.engine.weights import open_weights
 from quantmix.ggml import imatrix as imatrices
+from quantmix.ggml.weights import open_weights
 from quantmix.loss.measured import MeasuredModel
 from quantmix.models.sources import load_model
 from quantmix.texts import text

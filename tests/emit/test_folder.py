@@ -11,9 +11,9 @@ import quantmix as qm
 from quantmix.budget import Budget
 from quantmix.emit.folder import write_folder
 from quantmix.engine.quantize import compare
-from quantmix.engine.weights import open_weights
 from quantmix.errors import UsageError
 from quantmix.ggml import types
+from quantmix.ggml.weights import open_weights
 from quantmix.ggml.writer import NewTensor, encode_header, encode_metadata, write_sparse
 from quantmix.recipe import Recipe, load
 from quantmix.verify import find_target

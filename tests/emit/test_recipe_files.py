@@ -14,10 +14,10 @@ from typing import Final
 import pytest
 
 from quantmix.clone import import_rules, layout_named_in, model_named_in
-from quantmix.emit.parse_rules import resolve_rules
 from quantmix.ggml.types import GgmlType, get, resolve
 from quantmix.models.model import Model, Tensor
 from quantmix.models.sources import load_model
+from quantmix.rule_lines import resolve_rules
 
 RESEARCH = os.environ.get("QUANTMIX_RESEARCH")
 PAGE: Final = Path(__file__).parents[2] / "docs" / "recipe-files.md"

@@ -6,8 +6,9 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from quantmix.engine.weights import WeightsFile, open_weights
 from quantmix.ggml import types
+from quantmix.ggml.weights import WeightsFile, open_weights
+from quantmix.loss.quality import Quality
 from quantmix.memory.settings import Settings
 from quantmix.models.roles import is_quantizable, split_name
 from quantmix.recipe import (
@@ -15,11 +16,10 @@ from quantmix.recipe import (
     ModelInfo,
     Optimality,
     PlannedTensor,
-    Quality,
     Recipe,
     Size,
-    Speed,
 )
+from quantmix.speed.prediction import Speed
 
 
 def mix_of(weights: WeightsFile, choose: Callable[[str, int | None], str | None]) -> dict[str, str]:

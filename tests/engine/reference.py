@@ -9,7 +9,7 @@ import numpy as np
 import tiny
 from numpy.typing import NDArray
 
-from quantmix.engine.weights import open_weights
+from quantmix.ggml.weights import open_weights
 
 Array = NDArray[np.float64]
 

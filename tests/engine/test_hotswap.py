@@ -11,8 +11,8 @@ from mixes import mix_of, recipe_of
 from quantmix import measure, measurements
 from quantmix.engine.perplexity import evaluate
 from quantmix.engine.quantize import preflight, quantize
-from quantmix.engine.weights import open_weights
 from quantmix.ggml import types
+from quantmix.ggml.weights import open_weights
 
 pytestmark = pytest.mark.engine
 

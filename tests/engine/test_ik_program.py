@@ -12,8 +12,8 @@ from programs import ik_programs
 from quantmix.engine.imatrix import collect
 from quantmix.engine.perplexity import evaluate
 from quantmix.engine.quantize import preflight, quantize
-from quantmix.engine.weights import open_weights
 from quantmix.ggml import imatrix as imatrices
+from quantmix.ggml.weights import open_weights
 from quantmix.texts import text
 from quantmix.verify import Target, verify
 

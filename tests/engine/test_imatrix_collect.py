@@ -65,7 +65,7 @@ def test_counts_per_expert_survive_into_quantization(
     from mixes import mix_of, recipe_of
 
     from quantmix.engine.quantize import preflight, quantize
-    from quantmix.engine.weights import open_weights
+    from quantmix.ggml.weights import open_weights
 
     out = tmp_path / "moe.gguf"
     collect(tiny_moe, text, out, threads=1)

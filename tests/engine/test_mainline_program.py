@@ -20,10 +20,10 @@ import pytest
 from quantmix.engine import mainline_fetch, mainline_quantize
 from quantmix.engine.mainline import dry_run, rules_of
 from quantmix.engine.mainline_find import Mainline, find_mainline, flavour
-from quantmix.engine.weights import open_weights
 from quantmix.errors import EngineError
 from quantmix.files import cache_folder
 from quantmix.ggml.imatrix import Entry, Imatrix, write
+from quantmix.ggml.weights import open_weights
 from quantmix.models.ghost import write_ghost
 from quantmix.models.sources import load_model
 

@@ -11,9 +11,9 @@ from mixes import mix_of, recipe_of
 from quantmix.engine import mainline_quantize
 from quantmix.engine.mainline_find import Mainline
 from quantmix.engine.quantize import preflight, quantize
-from quantmix.engine.weights import open_weights
 from quantmix.errors import BadFile, EngineMissing
 from quantmix.ggml import imatrix, types
+from quantmix.ggml.weights import open_weights
 from quantmix.recipe import EngineInfo, Recipe
 
 

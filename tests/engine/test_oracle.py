@@ -12,6 +12,7 @@ from quantmix.engine.mainline_find import Mainline
 from quantmix.engine.oracle import LIMITS, Comparison, OracleReport, check_memory, check_recipe
 from quantmix.errors import CheckFailed, UsageError
 from quantmix.ggml import types
+from quantmix.loss.quality import Quality
 from quantmix.memory import kv
 from quantmix.memory.settings import NEWEST_BUILD, Settings
 from quantmix.models.model import Model
@@ -22,12 +23,11 @@ from quantmix.recipe import (
     ModelInfo,
     Optimality,
     PlannedTensor,
-    Quality,
     Recipe,
     Size,
-    Speed,
 )
 from quantmix.request import Request, fulfil
+from quantmix.speed.prediction import Speed
 
 ARCHITECTURES = (
     "deepseek-r1",

@@ -73,7 +73,7 @@ def _quantized(source: Path, folder: Path) -> Path:
     from mixes import mix_of, recipe_of
 
     from quantmix.engine.quantize import preflight, quantize
-    from quantmix.engine.weights import open_weights
+    from quantmix.ggml.weights import open_weights
 
     mix = mix_of(open_weights(source), lambda role, layer: "q4_K")
     plan = preflight(recipe_of(source, mix), source, folder / "q.gguf")

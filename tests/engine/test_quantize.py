@@ -13,7 +13,6 @@ from tiny import write_tiny
 
 from quantmix.engine import quantize as work
 from quantmix.engine.shards import split
-from quantmix.engine.weights import open_weights
 from quantmix.errors import (
     BadFile,
     CheckFailed,
@@ -23,6 +22,7 @@ from quantmix.errors import (
     UsageError,
 )
 from quantmix.ggml import imatrix, types
+from quantmix.ggml.weights import open_weights
 from quantmix.ggml.writer import NewTensor, encode_header, encode_metadata, write_sparse
 from quantmix.recipe import Recipe
 

@@ -14,7 +14,7 @@ from tiny import write_tiny
 from quantmix.engine.imatrix import collect
 from quantmix.engine.mainline_find import Mainline
 from quantmix.engine.quantize import preflight, quantize
-from quantmix.engine.weights import open_weights
+from quantmix.ggml.weights import open_weights
 from quantmix.models.sources import load_model
 from quantmix.recipe import EngineInfo, Recipe
 

@@ -14,11 +14,11 @@ from quantmix import loss
 from quantmix.ggml.types import GgmlType, default_palette, get
 from quantmix.loss import calibrate, evidence, features, prior, trust
 from quantmix.loss.predictor import FittedModel
+from quantmix.loss.quality import Quality
 from quantmix.models.ghost import write_ghost
 from quantmix.models.model import Model, Tensor
 from quantmix.models.sources import load_model
 from quantmix.predict import predict
-from quantmix.recipe import Quality
 
 from .conftest import catalog_model
 

@@ -24,8 +24,8 @@ from quantmix.engine import child, ghost
 from quantmix.engine.imatrix import collect
 from quantmix.engine.perplexity import evaluate
 from quantmix.engine.quantize import preflight, quantize
-from quantmix.engine.weights import open_weights
 from quantmix.errors import EngineError
+from quantmix.ggml.weights import open_weights
 from quantmix.models.sources import load_model
 from quantmix.palette import TypeLimits
 from quantmix.recipe import load

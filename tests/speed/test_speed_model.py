@@ -13,7 +13,6 @@ from quantmix.memory.model import HOST, Placement
 from quantmix.memory.settings import Settings
 from quantmix.models.model import Model
 from quantmix.models.sources import load_model
-from quantmix.recipe import Speed
 from quantmix.rig.device import Rig
 from quantmix.rig.rigs import parse_gpus
 from quantmix.speed.model import (
@@ -23,6 +22,7 @@ from quantmix.speed.model import (
     plan_seconds,
     predict,
 )
+from quantmix.speed.prediction import Speed
 
 R1 = load_model("deepseek-r1")
 ALL_GPU = Placement((0,) * 61, 0)

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quantmix.emit.parse_rules import parse_rules, resolve_rules, taken_by_accident
 from quantmix.errors import UsageError
 from quantmix.models.sources import load_model
+from quantmix.rule_lines import parse_rules, resolve_rules, taken_by_accident
 
 
 def test_first_match_wins_unanchored_with_comments_and_commas() -> None:
