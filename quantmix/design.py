@@ -30,6 +30,7 @@ from quantmix.recipe import (
     PlannedTensor,
     Recipe,
 )
+from quantmix.rig import machine
 from quantmix.rig.device import Rig
 from quantmix.search.base import Goals
 from quantmix.search.filesize import plan_in_file
@@ -260,11 +261,7 @@ def _assemble(
         settings,
         tensors,
         name=options.name or f"{model.id}-{slug(budget.label)}",
-        budget={
-            "label": budget.label,
-            "ideal": bool(budget.rig and budget.rig.ideal),
-            **_unusual(options.limits),
-        },
+        budget=_told(budget, options),
         devices=devices,
         quality=quality,
         optimality=_optimality(answer, quality.damage),
@@ -369,14 +366,23 @@ def _optimality(answer: _Answer, objective: float) -> Optimality:
     )
 
 
-def _unusual(limits: TypeLimits) -> dict[str, Any]:
-    """Return the limits that no constraint names, where they are not the usual ones.
+def _told(budget: Budget, options: Options) -> dict[str, Any]:
+    """Return what a recipe tells of the request, for people and for `refine`, which keeps to it.
 
-    `refine` keeps to them.
+    Limits that no constraint names and that are not the usual ones, the speed that was asked for,
+    and what the machine reads and computes with.
     """
-    told = {"types": list(limits.types), "allow_slow_cpu": limits.allow_slow_cpu}
-    found = {k: v for k, v in told.items() if v}
-    return {"limits": found} if found else {}
+    rig = budget.rig
+    told: dict[str, Any] = {"label": budget.label, "ideal": bool(rig and rig.ideal)}
+    limits = {"types": list(options.limits.types), "allow_slow_cpu": options.limits.allow_slow_cpu}
+    unusual = {k: v for k, v in limits.items() if v}
+    if unusual:
+        told["limits"] = unusual
+    if options.min_tps is not None:
+        told["min_tps"] = options.min_tps
+    if rig is not None and not rig.ideal:
+        told["machine"] = machine.to_json(rig)
+    return told
 
 
 def _warn_fallbacks(quality: Quality, palette: Palette, options: Options) -> Quality:

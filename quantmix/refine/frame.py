@@ -25,7 +25,10 @@ from quantmix.memory.model import HOST, DeviceMemory, Placement
 from quantmix.models.model import Model
 from quantmix.palette import Palette, TypeLimits, build
 from quantmix.recipe import PlannedTensor, Recipe
-from quantmix.search.choices import Choices, build_choices, in_ram, tensor_homes
+from quantmix.rig.device import Device, Rig
+from quantmix.rig.machine import with_machine
+from quantmix.search import timing
+from quantmix.search.choices import SECONDS, Choices, build_choices, in_ram, tensor_homes
 from quantmix.search.filesize import choices_in_file, file_use
 from quantmix.solve.problem import FloatArray, IntArray
 
@@ -40,9 +43,11 @@ class Frame:
         choices: groups of tensors and their options; damage is the loss model's.
         start: (G,) the option that the recipe has.
         sizes: (G, J) bytes of the group in the file.
-        use: (P, G, J) bytes on each device. capacity: (P,) what the recipe uses there.
-        pools: name of each device, shape (P,).
+        use: (P, G, J) bytes on each device, and seconds per token where a speed was asked for.
+        capacity: (P,) what the recipe uses there, or may take.
+        pools: name of each device or other pool, shape (P,).
         placement: homes of layers and experts; None for a bare file.
+        rig: the devices; None for a bare file.
         held: tensors that keep the type of the recipe, since no score tells of them.
     """
 
@@ -54,6 +59,7 @@ class Frame:
     capacity: FloatArray
     pools: tuple[str, ...]
     placement: Placement | None = None
+    rig: Rig | None = None
     held: frozenset[str] = frozenset()
 
     def holding(self, unread: Iterable[str]) -> Frame:
@@ -141,25 +147,50 @@ def frame_of(
     engine = model_engine(recipe)
     palette = _possible(build(model, loss, engine, limits), model, imatrix)
     planned = {t.name: t for t in recipe.tensors}
-    placement: Placement | None = None
-    if recipe.devices:
-        names = [d.name for d in recipe.devices]
-        placement = _placement(model, planned, names)
-        memory = tuple(
-            DeviceMemory(name, 0, 0, 0, (), held_twice(model, recipe.settings, placement, d))
-            for name, d in zip(names, (*range(len(names) - 1), HOST), strict=True)
-        )
-        seconds = np.zeros((len(names), len(model.tensors), len(palette.types)))
-        choices = build_choices(model, palette, placement, memory, seconds)
-        use, pools = choices.use, tuple(names)
-    else:
+    if not recipe.devices:
         choices = choices_in_file(model, palette)
+        start = _start(choices, planned)
         use, pools = _file_pools(choices)
+        return Frame(model, choices, start, file_use(choices), use, _used(use, start), pools)
+    rig = _rig(recipe)
+    placement = _placement(model, planned, rig)
+    memory = tuple(
+        DeviceMemory(d.name, 0, 0, 0, (), held_twice(model, recipe.settings, placement, i))
+        for i, d in zip((*range(len(rig.gpus)), HOST), rig.devices, strict=True)
+    )
+    times = timing.of(model, palette, rig, recipe.settings, recipe.budget.get("min_tps"))
+    choices = build_choices(model, palette, placement, memory, times.cells, kept_seconds=times.kept)
     start = _start(choices, planned)
-    capacity = use[:, np.arange(len(start)), start].sum(axis=1)
-    if recipe.devices and [int(c) for c in capacity] != [d.weights_bytes for d in recipe.devices]:
+    use, capacity, pools = choices.use, _used(choices.use, start), choices.pools
+    if [int(c) for c in capacity] != [d.weights_bytes for d in recipe.devices]:
         raise BadFile("the devices of this recipe do not hold what its tensors take: design again")
-    return Frame(model, choices, start, file_use(choices), use, capacity, pools, placement)
+    allowed = times.allowed(placement)
+    if allowed is not None:
+        seconds = np.where(np.isfinite(choices.seconds), choices.seconds, 0.0)[None]
+        most = np.maximum(allowed, _used(seconds, start))
+        use, capacity = np.concatenate([use, seconds]), np.concatenate([capacity, most])
+        pools = (*pools, SECONDS)
+    return Frame(model, choices, start, file_use(choices), use, capacity, pools, placement, rig)
+
+
+def _used(use: FloatArray, choice: IntArray) -> FloatArray:
+    """Return (P,) what a choice uses of every pool."""
+    return np.asarray(use[:, np.arange(len(choice)), choice].sum(axis=1))
+
+
+def _rig(recipe: Recipe) -> Rig:
+    """Return the rig of a recipe, as far as it tells of it.
+
+    Raises:
+        BadFile: what it tells of the machine is not about its devices.
+    """
+    devices = [
+        Device(d.name, "gpu" if d.kind == "gpu" else "host", d.capacity_bytes)
+        for d in recipe.devices
+    ]
+    rig = Rig(tuple(devices[:-1]), devices[-1], ideal=bool(recipe.budget.get("ideal")))
+    told = recipe.budget.get("machine")
+    return with_machine(rig, told) if told else rig
 
 
 def _possible(palette: Palette, model: Model, imatrix: Path | None) -> Palette:
@@ -171,15 +202,13 @@ def _possible(palette: Palette, model: Model, imatrix: Path | None) -> Palette:
     return replace(palette, allowed=palette.allowed & known & ~(bare[:, None] & needy))
 
 
-def _placement(
-    model: Model, planned: Mapping[str, PlannedTensor], names: Sequence[str]
-) -> Placement:
+def _placement(model: Model, planned: Mapping[str, PlannedTensor], rig: Rig) -> Placement:
     """Read the placement off where the recipe's tensors lie.
 
     Raises:
         BadFile: they lie as no placement puts them.
     """
-    where = {name: HOST if i == len(names) - 1 else i for i, name in enumerate(names)}
+    where = {rig.host.name: HOST, **{g.name: i for i, g in enumerate(rig.gpus)}}
     try:
         homes = [where[planned[t.name].device] for t in model.tensors]
     except KeyError as err:

@@ -15,7 +15,7 @@ from quantmix.loss.quality import Quality
 from quantmix.recipe import DeviceUse, Optimality, PlannedTensor, Recipe
 from quantmix.refine.frame import Frame
 from quantmix.refine.search import Difference, Found, Score, paired
-from quantmix.rig.device import Device, Rig
+from quantmix.speed.model import predict
 from quantmix.speed.prediction import Speed
 
 _QUANTILE: Final = 1.645
@@ -29,7 +29,11 @@ _UNREAD: Final = (
     "{} as in the recipe: the packaged engine does not read them on a text, so the KLD tells "
     "nothing of them"
 )
-_SPEED: Final = "the speed was not predicted again: bytes on every device are as before, types not"
+_SPEED: Final = (
+    "the speed was not predicted again, as the recipe tells nothing of its machine: bytes on every "
+    "device are as before, types not"
+)
+_SPEED_MOVED: Final = 0.01  # shares below are not worth a note
 
 
 def refined_recipe(
@@ -46,10 +50,14 @@ def refined_recipe(
     swaps = swaps_of(recipe, tensors)
     devices = _devices(recipe, frame, found)
     flags = None
-    if frame.placement is not None:
+    speed = Speed()
+    if frame.placement is not None and frame.rig is not None:
         sizes = {t.name: t.bytes for t in tensors}
-        rig = _rig(recipe)
-        flags = offload(frame.model, recipe.settings, rig, frame.placement, sizes)
+        flags = offload(frame.model, recipe.settings, frame.rig, frame.placement, sizes)
+        mix = frame.choices.palette.mix(frame.choices.mix(found.choice)[0])
+        speed = predict(frame.model, recipe.settings, frame.rig, frame.placement, mix)
+    lost = recipe.speed.tg_tps is not None and speed.tg_tps is None
+    notes = (*held_note(frame), *((_SPEED,) if lost else ()))
     total = float(sum(t.damage for t in tensors))
     made = assemble(
         frame.model,
@@ -58,7 +66,7 @@ def refined_recipe(
         name=name,
         budget=recipe.budget,
         devices=devices,
-        quality=replace(_quality(found.after, held_note(frame), bool(devices)), damage=total),
+        quality=replace(_quality(found.after, notes), damage=total),
         optimality=Optimality(
             status="feasible",
             objective=total,
@@ -67,7 +75,7 @@ def refined_recipe(
             constraints=(*recipe.optimality.constraints, f"bytes everywhere as in {recipe.name}"),
             holds_for="nothing: measured, not proven",
         ),
-        speed=Speed(),
+        speed=speed,
         flags=flags,
     )
     return replace(made, refined=_refined(recipe, found, len(swaps), conditions, n_ctx))
@@ -79,6 +87,15 @@ def held_note(frame: Frame) -> tuple[str, ...]:
         t.role for t in frame.model.tensors if t.name in frame.held and t.quantizable and t.loaded
     )
     return (_UNREAD.format(", ".join(roles)),) if roles else ()
+
+
+def speed_note(before: Speed, after: Speed) -> tuple[str, ...]:
+    """Return a note on a predicted speed that moved, none where it is unknown or much the same."""
+    if before.tg_tps is None or after.tg_tps is None:
+        return ()
+    if abs(after.tg_tps / before.tg_tps - 1.0) < _SPEED_MOVED:
+        return ()
+    return (f"predicted generation {after.tg_tps:.1f} tokens/s, before {before.tg_tps:.1f}",)
 
 
 def swaps_of(recipe: Recipe, tensors: tuple[PlannedTensor, ...]) -> list[dict[str, str]]:
@@ -125,16 +142,7 @@ def _devices(recipe: Recipe, frame: Frame, found: Found) -> tuple[DeviceUse, ...
     return tuple(uses)
 
 
-def _rig(recipe: Recipe) -> Rig:
-    """Return the rig as far as offload flags depend on it."""
-    devices = [
-        Device(d.name, "gpu" if d.kind == "gpu" else "host", d.capacity_bytes)
-        for d in recipe.devices
-    ]
-    return Rig(tuple(devices[:-1]), devices[-1], ideal=bool(recipe.budget.get("ideal")))
-
-
-def _quality(after: Score, notes: tuple[str, ...], on_devices: bool) -> Quality:
+def _quality(after: Score, notes: tuple[str, ...]) -> Quality:
     """Return the quality measured on the held-out chunks, with an interval for other text."""
     rise = paired(after.ln_ratio, [0.0] * len(after.ln_ratio))
     reach = _QUANTILE * math.hypot(rise.err, _OTHER_TEXT_LN_SD * rise.mean)
@@ -148,7 +156,7 @@ def _quality(after: Score, notes: tuple[str, ...], on_devices: bool) -> Quality:
         ppl_high=base * math.exp(high),
         ppl_base=base,
         basis="measured",
-        warnings=(_ANOTHER, *notes, *([_SPEED] if on_devices else [])),
+        warnings=(_ANOTHER, *notes),
         ln_ppl_ratio_low=low,
         ln_ppl_ratio_high=high,
     )

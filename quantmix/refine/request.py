@@ -195,7 +195,8 @@ def refine(prepared: Prepared, on_event: Callable[[dict[str, Any]], None] | None
     answer = Outcome(prepared, found, None, None, said, 0.0)
     if found.accepted:
         recipe, folder, notes = _write(prepared, found)
-        answer = replace(answer, recipe=recipe, folder=folder, notes=(*said, *notes))
+        notes = (*said, *outcome.speed_note(prepared.recipe.speed, recipe.speed), *notes)
+        answer = replace(answer, recipe=recipe, folder=folder, notes=notes)
     return replace(answer, seconds=time.perf_counter() - started)
 
 

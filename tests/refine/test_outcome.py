@@ -7,15 +7,20 @@ from pathlib import Path
 
 import pytest
 
+from quantmix.budget import Budget
+from quantmix.design import Options, design
 from quantmix.emit.folder import write_folder
 from quantmix.engine.ghost import static_problems
 from quantmix.models.model import Model
+from quantmix.palette import TypeLimits
 from quantmix.recipe import Recipe, load
 from quantmix.refine import outcome
 from quantmix.refine.frame import limits_of
 from quantmix.refine.search import Found, Settings, search
+from quantmix.rig.device import Device, Rig
+from quantmix.units import GIB
 
-from .conftest import Engine, frame, in_file, on_devices
+from .conftest import TYPES, Engine, frame, in_file, on_devices
 
 CONDITIONS = {"corpus": "0" * 64, "engine": "made up"}
 TRUTH = {"attn_v": 8.0, "ffn_down": 5.0, "ffn_down_exps": 5.0, "ffn_up": 0.2, "attn_q": 0.1}
@@ -75,3 +80,42 @@ def test_without_an_imatrix_types_that_need_one_are_left_out(model: Model) -> No
     recipe = replace(recipe, budget={**recipe.budget, **told})
     assert limits_of(recipe, (), imatrix=False).types == ("q8_0", "q4_K")
     assert limits_of(recipe, (), imatrix=True).types == ("q8_0", "iq2_xxs", "q4_K")
+
+
+def on_cards(model: Model, min_tps: float | None = None) -> Recipe:
+    """As `on_devices`, for a card and RAM of known bandwidths."""
+    tight = on_devices(model).devices[0].capacity_bytes
+    gpu = Device("GPU0", "gpu", tight, bandwidth_gbs=1.0)
+    host = Device("CPU", "host", 8 * GIB, bandwidth_gbs=0.1)
+    budget = replace(Budget.from_vram(GIB, ctx=512), rig=Rig((gpu,), host), label="card")
+    options = Options(limits=TypeLimits(types=TYPES), min_tps=min_tps, name="tiny")
+    return design(model, budget, options=options)
+
+
+def test_a_speed_that_was_asked_for_is_held(moe: Model) -> None:
+    """Swaps that only look at bytes may read more per token; with --min-tps they may not."""
+    free = on_cards(moe)
+    slower, _ = refined(free, moe)
+    assert free.speed.tg_tps is not None
+    assert slower.speed.tg_tps is not None
+    assert slower.speed.tg_tps < 0.99 * free.speed.tg_tps
+    note = outcome.speed_note(free.speed, slower.speed)
+    assert note == (
+        f"predicted generation {slower.speed.tg_tps:.1f} tokens/s, before {free.speed.tg_tps:.1f}",
+    )
+    asked = on_cards(moe, min_tps=free.speed.tg_tps * 0.995)
+    held, found = refined(asked, moe)
+    assert found.accepted
+    assert held.speed.tg_tps is not None
+    assert held.speed.tg_tps >= free.speed.tg_tps * 0.995
+    assert held.budget == asked.budget
+    assert not any("speed" in w for w in held.quality.warnings)
+
+
+def test_a_recipe_that_tells_nothing_of_its_machine_gets_no_speed(moe: Model) -> None:
+    """It says so, where a speed was predicted before."""
+    recipe = on_cards(moe)
+    told = {k: v for k, v in recipe.budget.items() if k != "machine"}
+    made, _ = refined(replace(recipe, budget=told), moe)
+    assert made.speed.tg_tps is None
+    assert any("speed was not predicted again" in w for w in made.quality.warnings)
