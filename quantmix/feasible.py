@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from quantmix.budget import Budget
 from quantmix.errors import UsageError
 from quantmix.memory.settings import Settings
 from quantmix.models.model import Model
+from quantmix.options import Options
 from quantmix.palette import Palette
 from quantmix.rig.cards import sold_sizes, usable_of_size
 from quantmix.rig.device import Rig
@@ -18,9 +18,6 @@ from quantmix.search import timing
 from quantmix.search.planner import Shortage, fastest_at_all, fits_at_all, may_fit
 from quantmix.search.timing import Timing
 from quantmix.units import GIB, gib
-
-if TYPE_CHECKING:
-    from quantmix.design import Options
 
 _HUNDREDTH = GIB // 100
 _MOST_GIB = 1 << 14

@@ -47,6 +47,11 @@ def write_text(path: str | Path, text: str) -> None:
     write_bytes(path, text.encode("utf-8"))
 
 
+def name_part(label: str) -> str:
+    """Return a label as part of a recipe's name: letters, digits and . _ + - only."""
+    return "".join(c if c.isalnum() or c in "._+-" else "-" for c in label)
+
+
 def require_name(name: str) -> None:
     """Refuse a recipe's name that could be another folder than its own, or trouble a shell.
 

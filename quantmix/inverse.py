@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from quantmix.budget import ANY_VRAM_BYTES, Budget
-from quantmix.design import Design, Options, run
+from quantmix.design import Design, run
 from quantmix.errors import InfeasibleBudget, UsageError
 from quantmix.loss.model import LossModel
 from quantmix.models.model import Model
+from quantmix.options import Options
 from quantmix.rig.device import Rig
 from quantmix.units import GIB, gib, parse_size
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantmix import budget_flags
 from quantmix.budget import ANY_VRAM_BYTES, Budget
-from quantmix.design import Design, Options, run
+from quantmix.design import Design, run
 from quantmix.emit.folder import write_folder
 from quantmix.engine.ghost import CheckResult, dry_run
 from quantmix.errors import CheckFailed, EngineError, UsageError
@@ -21,6 +21,7 @@ from quantmix.flag_texts import parse_ctx, parse_percent, type_limits
 from quantmix.loss.model import LossModel
 from quantmix.models import trained
 from quantmix.models.model import Model
+from quantmix.options import Options
 from quantmix.recipe import Recipe
 from quantmix.search.base import Goals
 from quantmix.solve.solver import Limits

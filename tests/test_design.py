@@ -12,9 +12,10 @@ import pytest
 
 import quantmix as qm
 from quantmix.budget import Budget
-from quantmix.design import Options, run
+from quantmix.design import run
 from quantmix.errors import EngineError, InfeasibleBudget, UnknownName, UsageError
 from quantmix.models.model import Model
+from quantmix.options import Options
 from quantmix.palette import TypeLimits
 from quantmix.recipe import Recipe
 from quantmix.units import GIB, parse_size

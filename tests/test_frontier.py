@@ -12,10 +12,11 @@ from typer.testing import CliRunner
 
 from quantmix import Budget
 from quantmix.cli import frontier as command
-from quantmix.design import Options, run
+from quantmix.design import run
 from quantmix.errors import InfeasibleBudget, UsageError
 from quantmix.frontier import Sweep, frontier, parse_bound, sweep
 from quantmix.models.sources import load_model
+from quantmix.options import Options
 from quantmix.palette import TypeLimits
 from quantmix.units import GIB
 

@@ -12,10 +12,11 @@ import pytest
 
 import quantmix as qm
 from quantmix.budget import Budget
-from quantmix.design import Options, run
+from quantmix.design import run
 from quantmix.errors import InfeasibleBudget, UsageError
 from quantmix.flag_texts import parse_ctx, parse_percent
 from quantmix.inverse import longest_context, smallest_budget
+from quantmix.options import Options
 from quantmix.palette import TypeLimits
 from quantmix.request import Request, budget_of, fulfil
 

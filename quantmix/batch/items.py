@@ -14,8 +14,8 @@ from quantmix.batch import identity
 from quantmix.batch.pipeline import Job, Pipeline, Step
 from quantmix.batch.publish import STAGE
 from quantmix.batch.state import FOLDER, Done, State
-from quantmix.design import slug
 from quantmix.errors import QuantmixError, UsageError
+from quantmix.files import name_part
 from quantmix.request import Request, budget_of
 
 Verdict = Literal["done", "run", "later", "failed", "blocked"]
@@ -171,7 +171,7 @@ def _name(model_id: str, request: Request, label: str) -> str:
 
 
 def _slug(text: str) -> str:
-    return slug(text.replace("--", "").strip("./"))
+    return name_part(text.replace("--", "").strip("./"))
 
 
 def _named_apart(pipeline: Pipeline, items: Sequence[Item]) -> tuple[Item, ...]:

@@ -20,8 +20,9 @@ from dataclasses import replace
 import numpy as np
 
 from quantmix.budget import Budget
-from quantmix.design import Options, run
+from quantmix.design import run
 from quantmix.models.sources import load_model
+from quantmix.options import Options
 from quantmix.solve.problem import Problem
 from quantmix.solve.solver import Limits, solve
 

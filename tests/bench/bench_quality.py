@@ -24,7 +24,7 @@ import numpy as np
 from quantmix import anchor, measure, measurements
 from quantmix.budget import Budget
 from quantmix.demo import build
-from quantmix.design import Options, design
+from quantmix.design import design
 from quantmix.engine import binaries
 from quantmix.engine.imatrix import collect
 from quantmix.engine.perplexity import evaluate
@@ -33,6 +33,7 @@ from quantmix.ggml import imatrix as imatrices
 from quantmix.ggml.weights import open_weights
 from quantmix.loss.measured import MeasuredModel
 from quantmix.models.sources import load_model
+from quantmix.options import Options
 from quantmix.texts import text
 
 # Stock preset: bounds of ours/stock, same imatrix and without head entry (issue 3).

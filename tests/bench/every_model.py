@@ -18,12 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quantmix.budget import Budget
-from quantmix.design import Options, run
+from quantmix.design import run
 from quantmix.engine.ghost import check
 from quantmix.errors import EngineError, InfeasibleBudget, QuantmixError
 from quantmix.models.catalog import catalog
 from quantmix.models.model import Model
 from quantmix.models.sources import load_model
+from quantmix.options import Options
 
 SIZES = ("3.0bpw", "4.5bpw", "6.0bpw")
 ENGINES = ("ik", "mainline")

@@ -14,10 +14,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "engine"))
 from tiny import write_tiny
 
 from quantmix.budget import Budget
-from quantmix.design import Options, design
+from quantmix.design import design
 from quantmix.loss import load as load_loss
 from quantmix.models.model import Model
 from quantmix.models.sources import load_model
+from quantmix.options import Options
 from quantmix.palette import TypeLimits
 from quantmix.recipe import Recipe
 from quantmix.refine.frame import Frame, frame_of, limits_of

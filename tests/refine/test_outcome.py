@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from quantmix.budget import Budget
-from quantmix.design import Options, design
+from quantmix.design import design
 from quantmix.emit.folder import write_folder
 from quantmix.engine.ghost import static_problems
 from quantmix.models.model import Model
+from quantmix.options import Options
 from quantmix.palette import TypeLimits
 from quantmix.recipe import Recipe, load
 from quantmix.refine import outcome

@@ -19,7 +19,7 @@ from tiny import write_tiny
 from quantmix import measure
 from quantmix.budget import Budget
 from quantmix.cli import refine as cli
-from quantmix.design import Options, design
+from quantmix.design import design
 from quantmix.engine import child, ghost
 from quantmix.engine.imatrix import collect
 from quantmix.engine.perplexity import evaluate
@@ -27,6 +27,7 @@ from quantmix.engine.quantize import preflight, quantize
 from quantmix.errors import EngineError
 from quantmix.ggml.weights import open_weights
 from quantmix.models.sources import load_model
+from quantmix.options import Options
 from quantmix.palette import TypeLimits
 from quantmix.recipe import load
 from quantmix.refine import request, results, worker

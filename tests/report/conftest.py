@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from quantmix import Budget
-from quantmix.design import Options, run
+from quantmix.design import run
 from quantmix.models.sources import load_model
+from quantmix.options import Options
 from quantmix.recipe import Recipe
 from quantmix.report import data, pages
 from quantmix.report.build import subject_of

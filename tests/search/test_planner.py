@@ -127,9 +127,10 @@ def test_bytes_are_counted_where_the_flags_put_them(
     gpus: str, ram: str, name: str, engine: str
 ) -> None:
     """Dense feed-forward layers, biases of experts and tied heads: replayed flags fill no more."""
-    from quantmix.design import Options, run
+    from quantmix.design import run
     from quantmix.emit.flags import OffloadFlags
     from quantmix.emit.simulate import replay
+    from quantmix.options import Options
 
     model = qm.load_model(name)
     budget = Budget.from_gpus(gpus, ram=ram, engine=engine)
@@ -156,7 +157,8 @@ def test_experts_that_stay_as_they_are_use_the_gpu_too(engine: str) -> None:
 
 def test_the_gap_is_that_of_least_damage() -> None:
     """With RAM the proof is about stage 1; what stage 2 gives for speed is told apart."""
-    from quantmix.design import Options, design
+    from quantmix.design import design
+    from quantmix.options import Options
 
     budget = Budget.from_gpus("1x24G", ram="128G")
     o = design(qm.load_model("glm-4.5-air"), budget, options=Options()).optimality
@@ -169,7 +171,8 @@ def test_the_gap_is_that_of_least_damage() -> None:
 @cache
 def proof(name: str, gpus: str, ram: str, min_tps: float | None = None) -> tuple[float, float, str]:
     """Return the least damage, its lower bound and the status of a design."""
-    from quantmix.design import Options, run
+    from quantmix.design import run
+    from quantmix.options import Options
 
     budget = Budget.from_gpus(gpus, ram=ram, cpu="desktop-ddr5-6000-2ch")
     o = run(qm.load_model(name), budget, Options(min_tps=min_tps)).recipe.optimality
@@ -282,7 +285,8 @@ def test_the_bound_holds_for_every_placement(
 
 def test_a_speed_that_a_better_mix_reaches_costs_no_damage() -> None:
     """--min-tps is met, and asking for less speed never costs more damage."""
-    from quantmix.design import Options, run
+    from quantmix.design import run
+    from quantmix.options import Options
 
     model = qm.load_model("qwen3-30b-a3b")
     budget = Budget.from_gpus("1xrtx-3060", ram="64G", cpu="desktop-ddr5-6000-2ch")
@@ -311,7 +315,8 @@ def test_a_design_takes_seconds(gpus: str, ram: str, name: str) -> None:
 
 def test_among_equals_the_faster_is_taken() -> None:
     """With no slack at all, many placements do least damage: few layers in RAM are faster."""
-    from quantmix.design import Options, run
+    from quantmix.design import run
+    from quantmix.options import Options
 
     budget = Budget.from_gpus("1xrtx-3060", ram="64G", cpu="desktop-ddr5-6000-2ch")
     options = Options(goals=Goals(quality_slack=0.0))
@@ -322,7 +327,8 @@ def test_among_equals_the_faster_is_taken() -> None:
 
 def test_equal_promises_are_tried_from_both_ends() -> None:
     """Where all numbers of layers promise the same, the one that keeps it is found."""
-    from quantmix.design import Options, design
+    from quantmix.design import design
+    from quantmix.options import Options
 
     budget = Budget.from_gpus("1x8G", ram="256G", nkvo=True)
     o = design(qm.load_model("glm-4.5-air"), budget, options=Options()).optimality
@@ -345,7 +351,8 @@ def test_a_card_that_cannot_hold_its_own_buffers_is_left_out(
     name: str, gpus: str, ram: str | None, ubatch: int
 ) -> None:
     """It is hidden from the engine, and the design is that of the rig without it."""
-    from quantmix.design import Options, run
+    from quantmix.design import run
+    from quantmix.options import Options
 
     def design(small: str) -> tuple[float, list[str], list[str]]:
         budget = Budget.from_gpus(gpus.format(small), ram=ram, ubatch=ubatch, ctx=8192)
@@ -361,8 +368,9 @@ def test_a_card_that_cannot_hold_its_own_buffers_is_left_out(
 
 def test_what_is_missing_is_said_of_all_cards() -> None:
     """When leaving small cards out does not help either, the shortage is that of the whole rig."""
-    from quantmix.design import Options, run
+    from quantmix.design import run
     from quantmix.errors import InfeasibleBudget
+    from quantmix.options import Options
 
     budget = Budget.from_gpus("24G,12G,8G")
     with pytest.raises(InfeasibleBudget, match=r"short by GPU0 .*, GPU1 .*, GPU2 "):
