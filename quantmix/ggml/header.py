@@ -1,9 +1,9 @@
 """GGUF headers: every value type, versions 2 and 3, the types of both engines, no tensor data.
 
 Files come from anywhere, so nothing in them is believed: every count is checked against the bytes
-that are there before anything is allocated, and a header may hold at most `MAX_HEADER_BYTES`.
-Arrays are walked, not decoded (a vocabulary of 150,000 words costs a few hundredths of a second);
-`RawArray.tolist` decodes one on demand.
+that are there before anything is allocated, and a header may hold at most
+`cursor.MAX_HEADER_BYTES`. Arrays are walked, not decoded (a vocabulary of 150,000 words costs a few
+hundredths of a second); `RawArray.tolist` decodes one on demand.
 
 Layout (ggml docs/gguf.md): magic, version u32, n_tensors u64, n_kv u64, then per key: name,
 value type u32, value; then per tensor: name, n_dims u32, dims u64 each, type u32, offset u64;
@@ -21,22 +21,18 @@ from typing import Any, Final
 
 from quantmix.errors import BadFile, UsageError
 from quantmix.ggml.bytesource import ByteSource, open_file
+from quantmix.ggml.cursor import Cursor
 from quantmix.ggml.types import GgmlType, by_id
 from quantmix.units import pad
 
 MAGIC: Final = b"GGUF"
 DEFAULT_ALIGNMENT: Final = 32
-# The largest real headers (262,144-word vocabularies with merges) are about 16 MB.
-MAX_HEADER_BYTES: Final = 48 << 20
 MAX_STRING_BYTES: Final = 8 << 20  # chat templates are the longest strings, below 0.2 MB
 MAX_TENSORS: Final = 131_072
 MAX_KEYS: Final = 65_536
-MAX_STRINGS: Final = 4_000_000
 MAX_NAME_BYTES: Final = 63  # ggml.h GGML_MAX_NAME is 64, the zero at the end included
 MAX_DIMS: Final = 4  # ggml.h GGML_MAX_DIMS
 _MAX_KEY_BYTES: Final = 65_535  # docs/gguf.md
-_FIRST_READ: Final = 1 << 20
-_READ_AT_MOST: Final = 8 << 20
 
 STRING: Final = 8
 ARRAY: Final = 9
@@ -166,7 +162,7 @@ def parse(source: ByteSource, *, check_data: bool = True) -> Header:
     Raises:
         BadFile: truncated, lying or not GGUF.
     """
-    reader = _Reader(source)
+    reader = Cursor(source)
     version, n_tensors, n_kv = _preamble(reader)
     start = reader.pos
     values, spans = _metadata(reader, n_kv)
@@ -223,85 +219,7 @@ class _Span:
     end: int
 
 
-class _Reader:
-    """A cursor over a growing copy of the file's beginning; every step is checked."""
-
-    def __init__(self, source: ByteSource) -> None:
-        self.source = source
-        self.buf = bytearray()
-        self.pos = 0
-        self.what = "the preamble"
-        self._strings = 0
-
-    def fail(self, problem: str) -> BadFile:
-        """Return the error for `problem` at the present place."""
-        return BadFile(f"{self.source.name}: {problem} in {self.what}, near byte {self.pos}")
-
-    def need(self, end: int) -> None:
-        """Make sure that the buffer reaches `end`."""
-        if end <= len(self.buf):
-            return
-        size = self.source.size
-        if size is not None and end > size:
-            raise self.fail(f"it ends too early ({end} bytes needed, {size} there)")
-        if end > MAX_HEADER_BYTES:
-            raise self.fail(f"the header would be larger than {MAX_HEADER_BYTES >> 20} MiB")
-        target = min(max(end, 2 * len(self.buf), _FIRST_READ), MAX_HEADER_BYTES)
-        target = min(target, size) if size is not None else target
-        while len(self.buf) < target:
-            at = len(self.buf)
-            self.buf += self.source.read(at, min(target - at, _READ_AT_MOST))
-            if len(self.buf) == at:
-                break
-        if end > len(self.buf):
-            raise self.fail(f"it ends too early ({end} bytes needed, {len(self.buf)} there)")
-
-    def slice(self, start: int, stop: int) -> bytes:
-        """Return bytes that were read already."""
-        return bytes(self.buf[start:stop])
-
-    def scalar(self, code: str) -> Any:
-        """Read one number of struct code `code`."""
-        n = struct.calcsize("<" + code)
-        self.need(self.pos + n)
-        (value,) = struct.unpack_from("<" + code, self.buf, self.pos)
-        self.pos += n
-        return value
-
-    def string(self, limit: int) -> bytes:
-        """Read a length and that many bytes, at most `limit`."""
-        n = self.scalar("Q")
-        if n > limit:
-            raise self.fail(f"a string of {n} bytes (at most {limit} are allowed)")
-        self.need(self.pos + n)
-        self.pos += n
-        return self.slice(self.pos - n, self.pos)
-
-    def skip(self, count: int, item_bytes: int) -> None:
-        """Step over `count` items of fixed size."""
-        self.need(self.pos + count * item_bytes)
-        self.pos += count * item_bytes
-
-    def skip_strings(self, count: int) -> None:
-        """Step over `count` strings; the only loop over untrusted counts, so it is bounded."""
-        self._strings += count
-        if self._strings > MAX_STRINGS:
-            raise self.fail(f"more than {MAX_STRINGS} strings")
-        self.need(self.pos + 8 * count)
-        pos, left, unpack = self.pos, count, _U64.unpack_from
-        while left:
-            buf = self.buf
-            try:
-                while left:
-                    pos += 8 + unpack(buf, pos)[0]
-                    left -= 1
-            except (struct.error, OverflowError, IndexError):
-                self.need(pos + 8 * left)
-        self.need(pos)
-        self.pos = pos
-
-
-def _preamble(r: _Reader) -> tuple[int, int, int]:
+def _preamble(r: Cursor) -> tuple[int, int, int]:
     """Read magic, version and the two counts."""
     if r.source.size == 0:
         raise BadFile(f"{r.source.name} is empty")
@@ -324,7 +242,7 @@ def _preamble(r: _Reader) -> tuple[int, int, int]:
     return version, n_tensors, n_kv
 
 
-def _metadata(r: _Reader, n_kv: int) -> tuple[dict[str, Any], dict[str, tuple[int, int]]]:
+def _metadata(r: Cursor, n_kv: int) -> tuple[dict[str, Any], dict[str, tuple[int, int]]]:
     """Read all keys; arrays stay `_Span`s."""
     r.what = "the metadata"
     r.need(r.pos + 12 * n_kv)
@@ -342,7 +260,7 @@ def _metadata(r: _Reader, n_kv: int) -> tuple[dict[str, Any], dict[str, tuple[in
     return values, spans
 
 
-def _value(r: _Reader, kind: int) -> Any:
+def _value(r: Cursor, kind: int) -> Any:
     """Read one value of type `kind`."""
     if kind in SCALARS:
         return r.scalar(SCALARS[kind])
@@ -356,7 +274,7 @@ def _value(r: _Reader, kind: int) -> Any:
     raise r.fail(f"unknown value type {kind}")
 
 
-def _skip_array(r: _Reader, item: int, count: int, depth: int) -> None:
+def _skip_array(r: Cursor, item: int, count: int, depth: int) -> None:
     """Step over the items of an array."""
     if item in SCALARS:
         r.skip(count, struct.calcsize("<" + SCALARS[item]))
@@ -370,7 +288,7 @@ def _skip_array(r: _Reader, item: int, count: int, depth: int) -> None:
         raise r.fail(f"an array of unknown type {item}" if item != ARRAY else "nested arrays")
 
 
-def _text(r: _Reader, raw: bytes, what: str) -> str:
+def _text(r: Cursor, raw: bytes, what: str) -> str:
     """Decode a name, which must be UTF-8 and printable enough to show."""
     try:
         text = raw.decode("utf-8")
@@ -389,7 +307,7 @@ def _alignment(name: str, metadata: dict[str, Any]) -> int:
     return value
 
 
-def _tensors(r: _Reader, n_tensors: int, alignment: int) -> tuple[TensorInfo, ...]:
+def _tensors(r: Cursor, n_tensors: int, alignment: int) -> tuple[TensorInfo, ...]:
     """Read all tensor infos."""
     r.what = "the tensor list"
     r.need(r.pos + 32 * n_tensors)
@@ -416,7 +334,7 @@ def _tensors(r: _Reader, n_tensors: int, alignment: int) -> tuple[TensorInfo, ..
     return tuple(infos)
 
 
-def _size(r: _Reader, kind: GgmlType, shape: tuple[int, ...]) -> int:
+def _size(r: Cursor, kind: GgmlType, shape: tuple[int, ...]) -> int:
     """Return the bytes of a tensor whose shape is believable."""
     if 0 in shape or prod(shape) >= 1 << 62:
         raise r.fail(f"an impossible shape {'x'.join(map(str, shape))}")
