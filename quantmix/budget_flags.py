@@ -83,6 +83,16 @@ def require_sense(request: Request) -> str:
     return kind
 
 
+def require_machine(request: Request) -> None:
+    """Require devices, where a file is to be placed.
+
+    Raises:
+        UsageError: none are named.
+    """
+    if not any((request.gpus, request.rig, request.vram)):
+        raise UsageError("name the machine: --gpus LIST, --rig NAME or --vram SIZE")
+
+
 def names_a_machine(request: Request) -> bool:
     """Whether a request names GPUs, as pasted flags need not.
 

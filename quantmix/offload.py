@@ -135,6 +135,14 @@ def _best(file: StoredModel, rig: Rig, settings: Settings) -> Placement | None:
     return found
 
 
+def needed_bytes(file: StoredModel, rig: Rig, settings: Settings) -> int:
+    """Return about what a file needs on all devices together: weights, KV, buffers, reserves."""
+    nowhere = Placement((HOST,) * kv.n_blocks(file.model), HOST)
+    memory = device_memory(file.model, settings, rig, nowhere, visible=range(len(rig.gpus)))
+    cache = sum(kv.kv_bytes(file.model, settings))
+    return file.tensor_bytes + cache + sum(m.fixed_bytes() - m.kv_bytes for m in memory)
+
+
 def device_uses(
     file: StoredModel,
     rig: Rig,
@@ -292,22 +300,12 @@ class _Search:
 
     def shortage(self) -> str:
         """One line: what is missing with everything that may be in RAM in RAM."""
-        need = self.file.tensor_bytes + sum(kv.kv_bytes(self.file.model, self.settings))
-        have = sum(g.capacity_bytes or 0 for g in self.rig.gpus)
-        have += self.rig.host.capacity_bytes or 0
-        nowhere = Placement((HOST,) * kv.n_blocks(self.file.model), HOST)
-        everywhere = range(len(self.rig.gpus))
-        fixed = sum(
-            m.fixed_bytes() - m.kv_bytes
-            for m in device_memory(
-                self.file.model, self.settings, self.rig, nowhere, visible=everywhere
-            )
-        )
         mend = "give more --gpus" if self.rig.has_ram else "give more --gpus, or state --ram"
+        need = needed_bytes(self.file, self.rig, self.settings)
         return (
-            f"{self.file.model.id} needs about {gib(need + fixed)} (weights "
-            f"{gib(self.file.tensor_bytes)}, the rest KV cache, buffers and reserves) "
-            f"and no split of it fits {gib(have)} of "
+            f"{self.file.model.id} needs about {gib(need)} (weights "
+            f"{gib(self.file.tensor_bytes)}, the rest KV cache, buffers and reserves) and no split "
+            f"of it fits {gib(self.rig.total_bytes)} of "
             f"{'GPUs and RAM' if self.rig.has_ram else 'GPU memory'}: {mend}, or a smaller --ctx"
         )
 

@@ -34,6 +34,7 @@ _MODULES = (
     "clone",
     "diff",
     "offload",
+    "choose",
     "inspect",
     "models",
     "types",

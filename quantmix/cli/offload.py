@@ -86,10 +86,12 @@ def offload(
 
 
 def _place(loaded: Model, request: Request, at: str | None, as_json: bool, quiet: bool) -> None:
+    from quantmix.budget_flags import require_machine
     from quantmix.flag_texts import parse_ctx
     from quantmix.offload import place, place_longest, stored
     from quantmix.request import budget_of
 
+    require_machine(request)
     budget, _ = budget_of(request, is_mla=loaded.hparams.is_mla)
     assert budget.rig is not None
     settings = budget.settings

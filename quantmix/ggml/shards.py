@@ -7,6 +7,7 @@ zero), `split.count`, `split.tensors.count` (llama.cpp src/llama-model-loader.cp
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -130,19 +131,29 @@ def merge(headers: tuple[Header, ...], name: str) -> GgufSet:
     return GgufSet(name, headers, tuple(tensors))
 
 
+def first_files(paths: Iterable[str]) -> list[str]:
+    """Return the first file of every model among GGUF paths, sorted; side files are left out.
+
+    Shards of one model have its folder and prefix in common.
+    """
+    models: dict[str, str] = {}
+    for path in sorted(p for p in paths if p.endswith(".gguf")):
+        folder, slash, name = path.rpartition("/")
+        if not name.lower().startswith(_SIDE_FILES):
+            models.setdefault(folder + slash + prefix_of(name), path)
+    return list(models.values())
+
+
 def _only_model(folder: Path) -> Path:
     """Return the first file of the only model in a folder."""
     try:
-        names = sorted(p.name for p in folder.iterdir() if p.name.endswith(".gguf"))
+        models = first_files(p.name for p in folder.iterdir())
     except OSError as err:
         raise BadFile(f"{folder} cannot be listed: {err.strerror or err}") from err
-    models: dict[str, str] = {}
-    for n in names:
-        if not n.lower().startswith(_SIDE_FILES):
-            models.setdefault(prefix_of(n), n)
     if not models:
         raise BadFile(f"{folder} holds no GGUF model")
     if len(models) > 1:
-        some = ", ".join(list(models)[:4]) + (", …" if len(models) > 4 else "")
+        names = [prefix_of(m) for m in models]
+        some = ", ".join(names[:4]) + (", …" if len(names) > 4 else "")
         raise BadFile(f"{folder} holds {len(models)} models ({some}): name one file")
-    return folder / next(iter(models.values()))
+    return folder / models[0]

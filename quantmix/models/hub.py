@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 from quantmix.errors import BadFile, UsageError
+from quantmix.ggml.shards import first_files
 from quantmix.models.from_gguf import model_from_gguf
 from quantmix.models.hf_config import Config, architecture_of
 from quantmix.models.huggingface import INDEX, Checkpoint, index_names, model_from_config
@@ -21,28 +23,67 @@ def model_from_hub(spec: str, layout: str | None = None) -> Model:
         UsageError: `huggingface_hub` is not installed, or the name is not `org/name`.
         BadFile: the hub has no such repository, or nothing in it can be read as a model.
     """
-    parts = spec.strip("/").split("/")
-    if len(parts) < 2 or not all(parts):
-        raise UsageError(f"hf:{spec} is not a repository: write hf:org/name")
-    hub = _library()
-    repo, file = "/".join(parts[:2]), "/".join(parts[2:])
+    repo, file, hub = _open(spec)
     try:
         if file:
             return _gguf(hub, repo, file)
         return _checkpoint(hub, repo, layout)
-    except (hub.errors.HfHubHTTPError, hub.errors.HFValidationError, OSError) as err:
-        first = str(err).strip().splitlines()[0] if str(err).strip() else type(err).__name__
-        raise BadFile(f"hf:{repo} cannot be read: {first}") from err
+    except _errors(hub) as err:
+        raise _unreadable(repo, err) from err
+
+
+def gguf_files(spec: str) -> list[str]:
+    """Return `hf:org/name/file.gguf` of every GGUF model in a repository or a folder of it.
+
+    Raises:
+        UsageError: `huggingface_hub` is not installed, or the name is not `org/name`.
+        BadFile: the hub has no such repository, or it holds no GGUF there.
+    """
+    repo, folder, hub = _open(spec)
+    try:
+        names = hub.list_repo_files(repo)
+    except _errors(hub) as err:
+        raise _unreadable(repo, err) from err
+    inside = [n for n in names if not folder or n.startswith(f"{folder}/")]
+    files = first_files(inside)
+    if not files:
+        raise BadFile(f"hf:{spec} holds no GGUF model: name a repository of GGUF files")
+    return [f"hf:{repo}/{f}" for f in files]
+
+
+def _open(spec: str) -> tuple[str, str, Any]:
+    """Return the repository, the path in it, and the library to read it with."""
+    parts = spec.strip("/").split("/")
+    if len(parts) < 2 or not all(parts):
+        raise UsageError(f"hf:{spec} is not a repository: write hf:org/name")
+    return "/".join(parts[:2]), "/".join(parts[2:]), _library()
+
+
+def _errors(hub: Any) -> tuple[type[Exception], ...]:
+    """Return what the library raises, its HTTP client's errors included: some calls let them out.
+
+    Those of `requests`, which older versions use, are OSErrors.
+    """
+    clients = [sys.modules[name] for name in ("httpx", "httpx2") if name in sys.modules]
+    theirs = tuple(client.HTTPError for client in clients)
+    return (hub.errors.HfHubHTTPError, hub.errors.HFValidationError, OSError, *theirs)
+
+
+def _unreadable(repo: str, err: Exception) -> BadFile:
+    first = str(err).strip().splitlines()[0] if str(err).strip() else type(err).__name__
+    return BadFile(f"hf:{repo} cannot be read: {first}: check the name and the network")
 
 
 def _library() -> Any:
     try:
         import huggingface_hub
         import huggingface_hub.errors
+        import huggingface_hub.utils
     except ImportError:
         raise UsageError(
             "hf:… needs the huggingface_hub package: pip install 'quantmix[hf]'"
         ) from None
+    huggingface_hub.utils.logging.set_verbosity_error()  # it announces every retry
     return huggingface_hub
 
 
@@ -58,9 +99,13 @@ def _checkpoint(hub: Any, repo: str, layout: str | None) -> Model:
     try:
         config_file = Path(hub.hf_hub_download(repo, "config.json"))
     except hub.errors.EntryNotFoundError:
-        files = [f for f in hub.list_repo_files(repo) if f.endswith(".gguf")]
+        files = first_files(hub.list_repo_files(repo))
         some = ", ".join(files[:3]) + (", …" if len(files) > 3 else "")
-        mend = f"name one of its GGUF files: {some}" if files else "it holds no model"
+        mend = (
+            f"name one of its GGUF files ({some}), or let `quantmix choose` compare them"
+            if files
+            else "it holds no model"
+        )
         raise BadFile(f"hf:{repo} has no config.json: {mend}") from None
     config = parse_json(config_file.read_bytes(), f"hf:{repo}: config.json")
     known = architecture_of(Config(config, repo)) is not None

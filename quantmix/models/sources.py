@@ -44,15 +44,22 @@ def load_model(spec: str, *, layout: str | None = None) -> Model:
 
         if not any(path.glob("*.gguf")):
             return model_from_folder(path, layout)
-    if path is not None and (path.exists() or _is_path(spec)):
+    if path is not None and is_file_spec(spec):
         found = read_set(path)
         return _as_stored(found, str(path), layout, _stored(found))
     return from_catalog(find(spec), layout)
 
 
-def _is_path(spec: str) -> bool:
-    """Whether it is written as a path, though nothing may be there."""
-    return spec.lower().endswith(".gguf") or spec.startswith((".", "/", "~"))
+def is_file_spec(spec: str) -> bool:
+    """Whether `spec` means a file, a folder, a URL or a repository, not a name of the catalog.
+
+    Also where it is only written as a path and nothing is there.
+    """
+    if spec.lower().startswith(("http://", "https://", "hf:")):
+        return True
+    if spec.lower().endswith(".gguf") or spec.startswith((".", "/", "~")):
+        return True
+    return bool(spec) and "\0" not in spec and Path(spec).exists()
 
 
 def _stored(found: GgufSet) -> dict[str, StoredData]:

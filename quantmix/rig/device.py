@@ -56,6 +56,11 @@ class Rig:
         return (*self.gpus, self.host)
 
     @property
+    def total_bytes(self) -> int:
+        """What all devices hold together, as far as it is stated."""
+        return sum(d.capacity_bytes or 0 for d in self.devices)
+
+    @property
     def has_ram(self) -> bool:
         """Whether repeating-layer weights may go to RAM."""
         return self.host.capacity_bytes is not None

@@ -10,6 +10,7 @@ import struct
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ import pytest
 from quantmix.errors import BadFile
 from quantmix.ggml.types import get
 from quantmix.ggml.writer import NewTensor, encode_header, encode_metadata
+from quantmix.models.several import gguf_specs
 from quantmix.models.sources import load_model
+from quantmix.offers import offers
 
 pytest.importorskip("huggingface_hub")
 
@@ -105,6 +108,9 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         "org/DeepSeek-R1/config.json": json.dumps(CONFIGS["deepseek-r1"]).encode(),
         "org/DeepSeek-R1/model.safetensors.index.json": json.dumps(index).encode(),
         "org/R1-GGUF/m-q4.gguf": head + bytes(size),
+        "org/R1-GGUF/IQ2/m-00001-of-00002.gguf": b"GGUF",
+        "org/R1-GGUF/IQ2/m-00002-of-00002.gguf": b"GGUF",
+        "org/R1-GGUF/mmproj-m.gguf": b"GGUF",
         "org/New/config.json": b'{"model_type": "new", "num_attention_heads": 2}',
         "org/New/model.safetensors": shapes_file(other),
         "org/Empty/README.md": b"nothing",
@@ -152,6 +158,46 @@ def test_gguf_in_a_repository() -> None:
     assert load_model("hf:org/R1-GGUF/m-q4.gguf").n_elements == 72
     with pytest.raises(BadFile, match=r"m-q4\.gguf"):
         load_model("hf:org/R1-GGUF")
+
+
+@pytest.mark.usefixtures("hub")
+def test_all_files_of_a_repository() -> None:
+    """One name per model, shards counted once; a folder of it has its own; nothing is an error."""
+    files = ["hf:org/R1-GGUF/IQ2/m-00001-of-00002.gguf", "hf:org/R1-GGUF/m-q4.gguf"]
+    assert gguf_specs("hf:org/R1-GGUF") == files
+    assert gguf_specs("hf:org/R1-GGUF/IQ2") == files[:1]
+    assert gguf_specs(files[1]) == files[1:]
+    for spec in ("hf:org/R1-GGUF/IQ3", "hf:org/New", "hf:org/absent"):
+        with pytest.raises(BadFile):
+            gguf_specs(spec)
+
+
+@pytest.mark.usefixtures("hub")
+def test_offers_of_a_repository_can_be_fetched() -> None:
+    """Each with the command that fetches all of it; what cannot be read is left out."""
+    found = offers(["hf:org/R1-GGUF"])
+    assert [(name, "IQ2" in why) for name, why in found.left_out] == [("m", True)]
+    (offer,) = found.files
+    assert offer.fetch[:5] == ["hf", "download", "org/R1-GGUF", "--include", "m-q4.gguf"]
+    assert offer.file == "m-q4.gguf"
+    split = replace(offer, source="hf:org/R1-GGUF/IQ2/m-00001-of-00002.gguf")
+    assert split.fetch[4] == "IQ2/m-*.gguf"
+    assert split.file == "IQ2/m-00001-of-00002.gguf"
+
+
+def test_without_a_network_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library lets errors of its HTTP client out, which are no errors of its own."""
+    import huggingface_hub
+
+    client = sys.modules.get("httpx2") or sys.modules.get("httpx")
+    error = client.ConnectError("no route") if client else ConnectionError("no route")
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", fail)
+    with pytest.raises(BadFile, match="no route: check the name and the network"):
+        gguf_specs("hf:org/name")
 
 
 @pytest.mark.usefixtures("hub")

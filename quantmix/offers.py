@@ -1,0 +1,186 @@
+"""Files that one could take: GGUFs in a folder or repository, or the mixes that were published."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Final
+
+from quantmix.errors import BadFile, QuantmixError, UsageError
+from quantmix.ggml import types
+from quantmix.ggml.shards import numbers_of, prefix_of
+from quantmix.ggml.types import Engine
+from quantmix.loss import evidence, mixes, prior
+from quantmix.loss.evidence import Published
+from quantmix.models.model import Model
+from quantmix.models.several import gguf_specs
+from quantmix.models.sources import is_file_spec, load_model
+
+_AT_ONCE: Final = 8  # headers read at a time over the network
+
+
+@dataclass(frozen=True)
+class Offer:
+    """A file that could be taken.
+
+    Attributes:
+        name: short, for tables. source: a file, `hf:…` or URL; for a published mix its page.
+        model: the types of the file are the source types of its tensors.
+        published: what its publisher measured.
+    """
+
+    name: str
+    source: str
+    model: Model
+    published: Published | None = None
+
+    @property
+    def file(self) -> str:
+        """The first file as it is called once it is here; `MODEL` where that is not known."""
+        if self.published is not None:
+            return "MODEL"
+        if not self.source.startswith("hf:"):
+            return self.source.rpartition("/")[2] if "://" in self.source else self.source
+        return "/".join(self.source.split("/")[2:])
+
+    @property
+    def fetch(self) -> list[str]:
+        """The command that fetches a file of the hub with all its shards; empty for others."""
+        if not self.source.startswith("hf:"):
+            return []
+        org, repo, *path = self.source.removeprefix("hf:").split("/")
+        shard = numbers_of(path[-1])
+        name = f"{shard[0]}-*.gguf" if shard else path[-1]
+        wanted = "/".join([*path[:-1], name])
+        return ["hf", "download", f"{org}/{repo}", "--include", wanted, "--local-dir", "."]
+
+
+@dataclass(frozen=True)
+class Offers:
+    """All there is to choose from, of one model; `left_out` are names with the reason."""
+
+    files: tuple[Offer, ...]
+    left_out: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def model(self) -> Model:
+        """The model of the first file."""
+        return self.files[0].model
+
+
+def offers(
+    specs: Sequence[str], on_event: Callable[[dict[str, Any]], None] | None = None
+) -> Offers:
+    """Return the files behind `specs`.
+
+    Args:
+        specs: what `gguf_specs` takes, or a name of the catalog for its published mixes.
+        on_event: progress, `{"file": i, "of": n}`.
+
+    Raises:
+        UnknownName, BadFile: nobody knows a name, nothing can be read.
+        UsageError: files of different models.
+    """
+    found: list[Offer] = []
+    left_out: list[tuple[str, str]] = []
+    for spec in specs:
+        more = _of_files(spec, on_event) if is_file_spec(spec) else _of_catalog(spec)
+        found += more.files
+        left_out += more.left_out
+    if not found:
+        name, why = left_out[0]
+        raise BadFile(f"nothing to choose from: {name}: {why}")
+    first = found[0].model
+    for other in found:
+        if _shape(other.model) != _shape(first):
+            raise UsageError(
+                f"{other.name} is {other.model.id}, {found[0].name} is {first.id}: choose among "
+                "files of one model"
+            )
+    return Offers(_named_apart(found), tuple(left_out))
+
+
+def _of_catalog(name: str) -> Offers:
+    """Return the published mixes of a model of the catalog whose types are known.
+
+    Nobody tells the types of multi-token blocks, which are not run: they are left out.
+    """
+    whole = load_model(name)
+    model = replace(whole, tensors=tuple(t for t in whole.tensors if t.loaded))
+    rows = evidence.of_model(model)
+    share = prior.shares(model)
+    found, left_out = [], []
+    for row in rows:
+        try:
+            if not row.mix:
+                raise UsageError("its types are not published")
+            chances = mixes.resolve(model, row.mix, share)
+        except QuantmixError as err:
+            left_out.append((row.label, str(err)))
+            continue
+        found.append(Offer(row.label, row.source, _typed(model, chances), row))
+    if not rows:
+        left_out.append((model.id, "no mix of it is known: give GGUF files, or hf:org/name"))
+    return Offers(tuple(found), tuple(left_out))
+
+
+def _typed(model: Model, chances: Sequence[Mapping[str, float] | None]) -> Model:
+    """Return the model with one type per tensor.
+
+    Where a mix tells a share of each type only, types take turns in every role, as often as told.
+    """
+    owed: dict[str, dict[str, float]] = {}
+    tensors = []
+    for tensor, chance in zip(model.tensors, chances, strict=True):
+        if chance is None:
+            tensors.append(tensor)
+            continue
+        debt = owed.setdefault(tensor.role, {})
+        for kind, share in chance.items():
+            debt[kind] = debt.get(kind, 0.0) + share
+        chosen = max(chance, key=lambda kind: debt[kind])
+        debt[chosen] -= 1.0
+        engine: Engine = "ik" if chosen in types.table("ik") else "mainline"
+        written = types.resolve(chosen, tensor.name, tensor.shape, engine)
+        tensors.append(replace(tensor, source_type=written.name))
+    return replace(model, tensors=tuple(tensors))
+
+
+def _of_files(spec: str, on_event: Callable[[dict[str, Any]], None] | None) -> Offers:
+    """Read the headers of the GGUF models behind `spec`; those that cannot be read are left out."""
+    files = gguf_specs(spec)
+    found: list[Offer] = []
+    left_out: list[tuple[str, str]] = []
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        for i, (file, read) in enumerate(
+            [(file, pool.submit(partial(load_model, file))) for file in files], 1
+        ):
+            name = prefix_of(file.rpartition("/")[2])
+            try:
+                found.append(Offer(name, file, read.result()))
+            except QuantmixError as err:
+                if len(files) == 1:
+                    raise
+                left_out.append((name, str(err)))
+            if on_event:
+                on_event({"file": i, "of": len(files)})
+    return Offers(tuple(found), tuple(left_out))
+
+
+def _shape(model: Model) -> tuple[object, ...]:
+    """Return what files of one model have in common, however they were converted."""
+    h = model.hparams
+    return model.arch, h.n_layer, h.n_embd, h.n_vocab, h.n_expert
+
+
+def _named_apart(found: Sequence[Offer]) -> tuple[Offer, ...]:
+    """Put the folder before names that occur twice."""
+    names = [o.name for o in found]
+    return tuple(
+        replace(o, name=f"{o.source.rpartition('/')[0].rpartition('/')[2]}/{o.name}")
+        if names.count(o.name) > 1 and o.published is None
+        else o
+        for o in found
+    )

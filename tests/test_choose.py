@@ -1,0 +1,209 @@
+"""Which of several files is taken, against `offload` and `predict` on each of them alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner, Result
+
+from quantmix import predict
+from quantmix.budget import Budget
+from quantmix.choose import Choice, choose, require_one
+from quantmix.cli import choose as command
+from quantmix.errors import BadFile, InfeasibleBudget, UsageError
+from quantmix.ggml import types
+from quantmix.loss import evidence
+from quantmix.models.ghost import write_ghost
+from quantmix.models.model import Model, Tensor
+from quantmix.models.sources import load_model
+from quantmix.offers import offers
+from quantmix.offload import place, stored
+
+MODEL = "qwen3-30b-a3b"
+
+
+def write(path: Path, model: Model, kind: str) -> Path:
+    """Write a file without data whose matrices are of one type."""
+    path.parent.mkdir(exist_ok=True)
+
+    def type_of(t: Tensor) -> str:
+        return types.resolve(kind, t.name, t.shape).name if t.quantizable else t.source_type
+
+    write_ghost(path, model, type_of)
+    return path
+
+
+@pytest.fixture(scope="module")
+def quants(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as publishers fill it: files, one folder per quant, side files, a broken file."""
+    folder = tmp_path_factory.mktemp("quants")
+    model = load_model(MODEL)
+    write(folder / "q30-q8_0.gguf", model, "q8_0")
+    write(folder / "q30-q4_K.gguf", model, "q4_K")
+    write(folder / "IQ2" / "q30.gguf", model, "iq2_k")
+    write(folder / "IQ3" / "q30.gguf", model, "iq3_k")
+    write(folder / "mmproj-q30.gguf", load_model("llama-3.1-8b"), "q8_0")
+    (folder / "broken.gguf").write_bytes(b"GGUF")
+    return folder
+
+
+def by_name(choice: Choice) -> dict[str, object]:
+    """File names with whether they fit."""
+    return {j.offer.name: j.plan is not None for j in choice.files}
+
+
+def test_the_best_that_fits_is_taken(quants: Path) -> None:
+    """Every file is placed as `offload` and predicted as `predict` would alone."""
+    found = offers([str(quants)])
+    assert [name for name, _ in found.left_out] == ["broken"]
+    budget = Budget.from_gpus("1xrtx-4090", ctx=16384)
+    choice = choose(found, budget)
+    fits = {"IQ2/q30": True, "IQ3/q30": True, "q30-q4_K": True, "q30-q8_0": False}
+    assert by_name(choice) == fits
+    assert choice.pick is not None
+    assert choice.pick.offer.name == "q30-q4_K"
+    assert [j.offer.name for j in choice.files] == ["q30-q4_K", "IQ3/q30", "IQ2/q30", "q30-q8_0"]
+    assert budget.rig is not None
+    for judged in choice.files:
+        file = stored(judged.offer.model, "ik")
+        assert judged.size is not None
+        assert judged.size.tensor_bytes == file.tensor_bytes
+        if judged.plan is None:
+            with pytest.raises(InfeasibleBudget):
+                place(file, budget.rig, budget.settings)
+            continue
+        alone = place(file, budget.rig, budget.settings)
+        assert judged.plan == alone
+        assert all((d.free_bytes or 0) >= 0 for d in judged.plan.devices)
+        base = load_model(MODEL)
+        mix = {t.name: t.source_type for t in judged.offer.model.tensors if t.quantizable}
+        assert judged.quality == predict.predict(base, mix, foreign=True).quality
+    assert choice.design is not None
+    assert choice.pick.quality is not None
+    assert choice.design.quality.ln_ppl_ratio <= choice.pick.quality.ln_ppl_ratio
+
+
+def test_a_speed_to_reach_rules_files_out(quants: Path) -> None:
+    """The pick reaches it; what fits but is slower stays in the list and says so."""
+    found = offers([str(quants)])
+    budget = Budget.from_gpus("1xrtx-4090", ctx=16384)
+    speeds = {j.offer.name: j.tps for j in choose(found, budget, design=False).files if j.plan}
+    fastest = speeds["IQ2/q30"]
+    assert fastest is not None
+    choice = choose(found, budget, min_tps=fastest - 0.1, design=False)
+    assert choice.pick is not None
+    assert choice.pick.offer.name == "IQ2/q30"
+    assert {j.offer.name for j in choice.files if j.why == "too slow"} == {"IQ3/q30", "q30-q4_K"}
+    with pytest.raises(UsageError, match="name the cards"):
+        choose(found, Budget.from_gpus("24G", ctx=16384), min_tps=5.0, design=False)
+
+
+def test_where_nothing_can_be_taken_the_least_is_named(quants: Path) -> None:
+    """With what a design would do there, if one is possible."""
+    found = offers([str(quants / "q30-q8_0.gguf"), str(quants / "IQ3")])
+    budget = Budget.from_gpus("1x10G", ctx=4096)
+    choice = choose(found, budget)
+    assert budget.rig is not None
+    with pytest.raises(InfeasibleBudget, match=r"none of the 2 .* q30: short .* a mix of .* GiB"):
+        require_one(choice, budget.rig)
+
+
+def test_files_of_different_models_are_no_choice(quants: Path, tmp_path: Path) -> None:
+    """PPL of one is nothing to PPL of another."""
+    other = write(tmp_path / "q32.gguf", load_model("qwen3-32b"), "q4_K")
+    with pytest.raises(UsageError, match="files of one model"):
+        offers([str(quants), str(other)])
+
+
+def test_published_mixes_of_the_catalog() -> None:
+    """Their measured perplexities rank them, and their sizes are those that were published."""
+    found = offers(["deepseek-r1-0528"])
+    choice = choose(found, Budget.from_gpus("4x96G", ctx=8192), design=False)
+    taken = [j for j in choice.files if not j.why]
+    assert choice.pick is not None
+    assert choice.pick.ppl == min(j.ppl for j in taken if j.ppl)
+    assert choice.pick.offer.fetch == []
+    for judged in choice.files:
+        row = judged.offer.published
+        assert row is not None
+        assert judged.ppl == row.ppl
+        assert judged.size is not None
+        if row.bpw:
+            assert judged.size.bpw == pytest.approx(row.bpw, rel=0.006), row.label
+    left = {name for name, _ in found.left_out}
+    rows = evidence.of_model(found.model)
+    assert left == {r.label for r in rows if not r.mix}
+
+
+def test_blocks_that_are_not_run_are_no_part_of_published_mixes() -> None:
+    """Nobody tells the types of GLM's multi-token block; sizes agree without it."""
+    for offer in offers(["glm-4.5-air"]).files:
+        assert all(t.loaded for t in offer.model.tensors)
+        assert offer.published is not None
+        if offer.published.bpw:
+            bits = 8 * stored(offer.model, "ik").tensor_bytes / offer.model.n_elements
+            assert bits == pytest.approx(offer.published.bpw, rel=0.04), offer.name
+
+
+def test_types_that_the_engine_lacks_are_told(quants: Path) -> None:
+    """ik's types cannot be run by mainline."""
+    budget = Budget.from_gpus("1xrtx-4090", ctx=16384, engine="mainline")
+    choice = choose(offers([str(quants)]), budget, design=False)
+    why = {j.offer.name: j.why for j in choice.files}
+    assert why["IQ2/q30"] == "iq2_k is a type of ik only"
+    assert choice.pick is not None
+    assert choice.pick.offer.name == "q30-q4_K"
+
+
+def run(*args: str) -> Result:
+    """Run the command."""
+    app = typer.Typer()
+    app.callback()(lambda: None)
+    command.register(app)
+    return CliRunner().invoke(app, ["choose", *args])
+
+
+def test_the_command_prints_a_line_to_copy(quants: Path) -> None:
+    """The launch line of the pick on stdout, all else on stderr; or one JSON document."""
+    result = run(str(quants), "--gpus", "1xrtx-4090", "--no-design")
+    assert result.exit_code == 0, result.output
+    (line,) = result.stdout.strip().splitlines()
+    assert f"llama-server -m {quants / 'q30-q4_K.gguf'} -ngl 999" in line
+    assert "q30-q8_0" in result.stderr
+    result = run(str(quants), "--gpus", "1xrtx-4090", "--ctx", "max", "--json")
+    doc = json.loads(result.stdout)
+    assert doc["pick"] == "q30-q4_K"
+    assert doc["files"][0]["ctx"] % 256 == 0
+    assert doc["left_out"][0]["name"] == "broken"
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "told"),
+    [
+        (("nonsense", "--gpus", "24G"), 2, "nonsense"),
+        (("deepseek-r1-0528",), 2, "--gpus"),
+        (("deepseek-r1-0528", "--gpus", "24G", "--ctx", "many"), 2, "many"),
+        (("deepseek-r1-0528", "--gpus", "24G", "--no-design"), 3, "short by"),
+        (("gpt-oss-20b", "smollm2-135m", "--gpus", "24G"), 2, ""),
+        (("./absent.gguf", "--gpus", "24G"), 2, "absent.gguf"),
+        (("hf:one", "--gpus", "24G"), 2, "hf:org/name"),
+    ],
+)
+def test_wrong_input_gets_one_line(args: tuple[str, ...], code: int, told: str) -> None:
+    """It names the thing, with the exit code of its kind."""
+    result = run(*args)
+    assert result.exit_code == code, result.output
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("quantmix: ")
+    assert told in last
+    assert "Traceback" not in result.output
+
+
+def test_an_empty_folder_holds_nothing(tmp_path: Path) -> None:
+    """Nor does one that holds other things only."""
+    (tmp_path / "notes.txt").write_text("nothing")
+    with pytest.raises(BadFile, match="holds no GGUF"):
+        offers([str(tmp_path)])
