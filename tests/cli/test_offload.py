@@ -84,7 +84,7 @@ def test_pasted_flags_as_text_name_the_assumed_type() -> None:
     ("args", "code", "said"),
     [
         (("deepseek-r1", "--at", "iq4_ks", "--gpus", "1x24G"), 3, "needs about"),
-        (("deepseek-r1",), 2, "one budget"),
+        (("deepseek-r1",), 2, "name the machine"),
         (("deepseek-r1", "--gpus", "1x24G", "--vram", "24G"), 2, "one budget"),
         (("deepseek-r1", "--gpus", "1x24G", "--measured", "9"), 2, "--lint"),
         (("nobody-knows", "--gpus", "1x24G"), 2, "unknown model"),
