@@ -17,9 +17,13 @@ from quantmix.budget import Budget
 from quantmix.clone import as_source
 from quantmix.design import run
 from quantmix.errors import InfeasibleBudget, UnknownName, UsageError
+from quantmix.ggml.types import Engine
 from quantmix.loss import evidence
+from quantmix.loss import load as load_loss
+from quantmix.loss.model import LossModel
 from quantmix.loss.quality import Quality
 from quantmix.memory.settings import Settings
+from quantmix.models.model import Model
 from quantmix.offers import Offer, Offers
 from quantmix.offload import OffloadPlan, needed_bytes, place, place_longest, stored
 from quantmix.options import Options
@@ -136,9 +140,9 @@ def choose(
     rig = budget.rig
     if rig is None:
         raise UsageError("which file fits can be told of devices only: use --gpus, --rig or --vram")
-    judged = []
+    judged, known = [], _LossModels(budget.settings.engine)
     for i, offer in enumerate(offers.files, 1):
-        judged.append(_judge(offer, rig, budget.settings, longest, min_tps))
+        judged.append(_judge(offer, rig, budget.settings, known, longest, min_tps))
         if on_event:
             on_event({"file": i, "of": len(offers.files)})
     judged.sort(key=_order)
@@ -176,15 +180,37 @@ def require_one(choice: Choice, rig: Rig) -> Judged:
     )
 
 
+class _LossModels:
+    """Loss models by what they depend on: files of one model mostly share one."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._known: dict[tuple[object, ...], LossModel] = {}
+
+    def of(self, model: Model) -> LossModel:
+        """Return the loss model of an unquantized model."""
+        key = (model.id, *((t.name, t.shape) for t in model.tensors))
+        if key not in self._known:
+            self._known[key] = load_loss(model, engine=self._engine)
+        return self._known[key]
+
+
 def _judge(
-    offer: Offer, rig: Rig, settings: Settings, longest: bool, min_tps: float | None
+    offer: Offer,
+    rig: Rig,
+    settings: Settings,
+    known: _LossModels,
+    longest: bool,
+    min_tps: float | None,
 ) -> Judged:
     """Place one file and predict its quality."""
-    model = offer.model
+    base = as_source(offer.model)
+    types = {t.name: t.source_type for t in offer.model.tensors if t.quantizable}
     try:
-        file = stored(model, settings.engine)
-        types = {t.name: t.source_type for t in model.tensors if t.quantizable}
-        found = predict.predict(as_source(model), types, engine=settings.engine, foreign=True)
+        file = stored(offer.model, settings.engine)
+        found = predict.predict(
+            base, types, engine=settings.engine, loss=known.of(base), foreign=True
+        )
     except UnknownName as err:
         return Judged(offer, None, None, None, settings, str(err).partition(":")[0])
     judged = Judged(offer, found.size, found.quality, None, settings)

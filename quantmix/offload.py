@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import pairwise
 from typing import Final
 
@@ -252,15 +253,15 @@ class _Search:
 
     def _filled(self, split: Placement) -> Placement | None:
         """Experts of as many layers as fit moved onto the GPUs of `split`; None: nothing fits."""
-        groups = self._expert_bytes()
+        groups, gains = self._expert_bytes, self._gains
         kept = {i for i in groups if split.layer_device[i] != HOST}
         for _ in range(2):  # a smaller largest expert in RAM frees room for another round
             free = self._room(replace(split, cpu_experts=frozenset(kept)))
             if any(f < 0 for f in free):
                 break
-            for i in sorted(kept, key=lambda i: (-self._gain(i), i)):
+            for i in sorted(kept, key=lambda i: (-gains[i], i)):
                 gpu = split.layer_device[i]
-                if self._gain(i) > 0 and groups[i] <= free[gpu]:
+                if gains[i] > 0 and groups[i] <= free[gpu]:
                     free[gpu] -= groups[i]
                     kept.discard(i)
         found = replace(split, cpu_experts=frozenset(kept))
@@ -333,29 +334,33 @@ class _Search:
                 weights[t.layer] += self.file.sizes[t.name] * (expert_share if is_expert(t) else 1)
         return weights
 
-    def _expert_bytes(self) -> dict[int, int]:
-        """Bytes of the routed experts of each layer that has some."""
-        groups: dict[int, int] = {}
-        for t in self.file.model.tensors:
+    @cached_property
+    def _experts(self) -> dict[int, list[tuple[GgmlType, int]]]:
+        """Type and bytes of the routed experts of each layer that has some."""
+        groups: dict[int, list[tuple[GgmlType, int]]] = {}
+        for t, kind in zip(self.file.model.tensors, self.file.types, strict=True):
             if is_expert(t) and t.layer is not None and (t.loaded or self.settings.mtp):
-                groups[t.layer] = groups.get(t.layer, 0) + self.file.sizes[t.name]
+                groups.setdefault(t.layer, []).append((kind, self.file.sizes[t.name]))
         return groups
 
-    def _gain(self, layer: int) -> float:
+    @cached_property
+    def _expert_bytes(self) -> dict[int, int]:
+        """Bytes of the routed experts of each layer that has some."""
+        return {layer: sum(n for _, n in mine) for layer, mine in self._experts.items()}
+
+    @cached_property
+    def _gains(self) -> dict[int, float]:
         """Whether moving a layer's experts to a GPU pays, per byte; -1 without a CUDA kernel.
 
         All bytes of a layer's experts are read alike, so the bits per byte read from RAM decide;
         types that decode slowly on a CPU come first.
         """
-        mine = [
-            (q, self.file.sizes[t.name])
-            for t, q in zip(self.file.model.tensors, self.file.types, strict=True)
-            if t.layer == layer and is_expert(t)
-        ]
-        if any(not q.cuda for q, _ in mine):
-            return -1.0
-        total = sum(b for _, b in mine) or 1
-        return 1.0 + sum(b for q, b in mine if q.slow_cpu) / total
+        gains = {}
+        for layer, mine in self._experts.items():
+            slow = sum(n for kind, n in mine if kind.slow_cpu)
+            without_kernel = any(not kind.cuda for kind, _ in mine)
+            gains[layer] = -1.0 if without_kernel else 1.0 + slow / self._expert_bytes[layer]
+        return gains
 
     def _head_bytes(self) -> int:
         return self.file.sizes.get(head_name(self.file.model), 0)

@@ -59,15 +59,8 @@ def cell_seconds(model: Model, types: Sequence[GgmlType], rig: Rig) -> FloatArra
 
 def device_seconds(model: Model, types: Sequence[GgmlType], device: Device, rig: Rig) -> FloatArray:
     """Return seconds per token of each tensor at each type on one device, (tensors, types)."""
-    params = np.array([_read_params(model, t) for t in model.tensors])
-    bits = np.array([t.bpw for t in types])
-    n_bytes = params[:, None] * bits[None, :] / 8
-    if device.kind == "gpu":
-        rates = np.array([_gpu_rate(device, t) for t in types])
-        return np.asarray(n_bytes / rates[None, :])
-    read = n_bytes / _host_rate(device)
-    decode = np.array([_decode_seconds(t, rig) for t in types])
-    return np.asarray(np.maximum(read, params[:, None] * decode[None, :]))
+    params = [_read_params(model, t) for t in model.tensors]
+    return np.outer(params, [_weight_seconds(device, t, rig) for t in types])
 
 
 def fixed_seconds(
@@ -153,18 +146,17 @@ def plan_seconds(
     where = where or planned(model, placement, rig, mtp=settings.mtp)
     readers = _readers(model, rig, placement, where)
     devices = {d.name: d for d in rig.devices}
+    each: dict[tuple[str, str], float] = {}  # seconds per weight, by device and type
     seconds = fixed_seconds(model, settings, rig, placement, n_kv=n_kv)
     for t, chosen in zip(model.tensors, mix, strict=True):
         params = _read_params(model, t)
         if t.name not in readers or not params:
             continue
-        device = devices[readers[t.name]]
         qtype = chosen or get_type(t.source_type, settings.engine)
-        n_bytes = params * qtype.bpw / 8
-        if device.kind == "gpu":
-            seconds += n_bytes / _gpu_rate(device, qtype)
-        else:
-            seconds += max(n_bytes / _host_rate(device), params * _decode_seconds(qtype, rig))
+        key = readers[t.name], qtype.name
+        if key not in each:
+            each[key] = _weight_seconds(devices[key[0]], qtype, rig)
+        seconds += params * each[key]
     return seconds
 
 
@@ -227,6 +219,14 @@ def _gpu_rate(device: Device, qtype: GgmlType) -> float:
 def _host_rate(device: Device) -> float:
     reader = _reader(device, ASSUMED_RAM_GBS)
     return reader.bandwidth_gbs * 1e9 * efficiency(constants(), reader, "eta_cpu")
+
+
+def _weight_seconds(device: Device, qtype: GgmlType, rig: Rig) -> float:
+    """Seconds that reading a weight of a type takes on a device; on a CPU, decoding if longer."""
+    n_bytes = qtype.bpw / 8
+    if device.kind == "gpu":
+        return n_bytes / _gpu_rate(device, qtype)
+    return max(n_bytes / _host_rate(device), _decode_seconds(qtype, rig))
 
 
 def _decode_seconds(qtype: GgmlType, rig: Rig) -> float:
