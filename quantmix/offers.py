@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -73,7 +74,7 @@ class Offers:
 def offers(
     specs: Sequence[str], on_event: Callable[[dict[str, Any]], None] | None = None
 ) -> Offers:
-    """Return the files behind `specs`.
+    """Return the files behind `specs`; in a folder, files of another model than most are left out.
 
     Args:
         specs: what `gguf_specs` takes, or a name of the catalog for its published mixes.
@@ -81,25 +82,32 @@ def offers(
 
     Raises:
         UnknownName, BadFile: nobody knows a name, nothing can be read.
-        UsageError: files of different models.
+        UsageError: files that were named one by one are of different models.
     """
     found: list[Offer] = []
+    named: list[Offer] = []
     left_out: list[tuple[str, str]] = []
     for spec in specs:
         more = _of_files(spec, on_event) if is_file_spec(spec) else _of_catalog(spec)
         found += more.files
+        named += more.files if len(more.files) + len(more.left_out) == 1 else ()
         left_out += more.left_out
     if not found:
         name, why = left_out[0]
         raise BadFile(f"nothing to choose from: {name}: {why}")
-    first = found[0].model
+    shapes = Counter(_shape(o.model) for o in named or found)
+    wanted = shapes.most_common(1)[0][0]
+    same = [o for o in found if _shape(o.model) == wanted]
     for other in found:
-        if _shape(other.model) != _shape(first):
+        if _shape(other.model) == wanted:
+            continue
+        if other in named:
             raise UsageError(
-                f"{other.name} is {other.model.id}, {found[0].name} is {first.id}: choose among "
-                "files of one model"
+                f"{other.name} is {other.model.id}, {same[0].name} is {same[0].model.id}: choose "
+                "among files of one model"
             )
-    return Offers(_named_apart(found), tuple(left_out))
+        left_out.append((other.name, f"it is another model, {other.model.id}"))
+    return Offers(_named_apart(same), tuple(left_out))
 
 
 def _of_catalog(name: str) -> Offers:

@@ -112,10 +112,16 @@ def test_where_nothing_can_be_taken_the_least_is_named(quants: Path) -> None:
 
 
 def test_files_of_different_models_are_no_choice(quants: Path, tmp_path: Path) -> None:
-    """PPL of one is nothing to PPL of another."""
+    """PPL of one is nothing to PPL of another; strays in a folder are left out."""
     other = write(tmp_path / "q32.gguf", load_model("qwen3-32b"), "q4_K")
     with pytest.raises(UsageError, match="files of one model"):
-        offers([str(quants), str(other)])
+        offers([str(quants / "q30-q4_K.gguf"), str(other)])
+    write(tmp_path / "a-q30.gguf", load_model(MODEL), "q4_K")
+    write(tmp_path / "b-q30.gguf", load_model(MODEL), "q8_0")
+    found = offers([str(tmp_path)])
+    assert [o.name for o in found.files] == ["a-q30", "b-q30"]
+    assert found.left_out == (("q32", "it is another model, qwen3-32b"),)
+    assert [o.name for o in offers([str(other), str(quants)]).files] == ["q32"]
 
 
 def test_published_mixes_of_the_catalog() -> None:
