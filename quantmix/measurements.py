@@ -19,6 +19,9 @@ probes of several scopes and lengths of text, `tokens` of a probe says its own.
 tensors of `role` in `layers` (empty: all layers, or a role without layers) at `type`. `err` is the
 imatrix-weighted relative squared error of the same tensors, Σ w·(x−x̂)² / Σ w·x². `errors` need no
 model run: they rank tensors and scale a measured role to its tensors, but are no KLD themselves.
+
+A table of another tool (`quantmix import`) says neither errors nor the base's perplexity nor whose
+weights it is of: `err` and `ppl_base` are 0 there, and `model` is `table:` and a digest of it.
 """
 
 from __future__ import annotations
@@ -35,6 +38,7 @@ from quantmix.files import write_text
 
 SCHEMA: Final = 1
 KIND: Final = "quantmix-measurements"
+TABLE: Final = "table:"
 
 Scope = Literal["role", "band", "tensor"]
 Key = tuple[str, str, tuple[int, ...], str]
@@ -109,6 +113,11 @@ class Measurements:
     probes: tuple[Probe, ...] = ()
     failed: tuple[Failed, ...] = ()
     errors: tuple[TensorError, ...] = ()
+
+    @property
+    def is_table(self) -> bool:
+        """Whether it is a table of another tool, which has no fingerprint of its model."""
+        return self.model.startswith(TABLE)
 
     @property
     def done(self) -> set[Key]:
