@@ -99,18 +99,31 @@ def read_csv(file: Path) -> list[Published]:
     """Return the rows of a CSV of measurements; models get their catalog id where they have one.
 
     Raises:
+        BadFile: it cannot be read, lacks a column, or a number in it is none.
+    """
+    raw = raw_rows(file)
+    try:
+        rows = parse_rows(raw)
+    except UsageError as err:
+        raise BadFile(f"{file}: {err}") from err
+    return [replace(r, model=catalog_id(r.model) or r.model) for r in rows]
+
+
+def raw_rows(file: Path) -> list[dict[str, str]]:
+    """Return the rows of a CSV of measurements as they are (columns as in docs/loss-model.md).
+
+    Raises:
         BadFile: it cannot be read, or lacks a column.
-        UsageError: a number in it is none.
     """
     try:
         with file.open(encoding="utf-8", newline="") as f:
             rows = list(csv.DictReader(f))
-    except (OSError, UnicodeDecodeError) as err:
+    except (OSError, UnicodeDecodeError, csv.Error) as err:
         raise BadFile(f"{file} cannot be read as a CSV of measurements: {err}") from err
     needed = {"model", "label", "ppl", "corpus", "n_ctx"}
     if not rows or not needed <= set(rows[0]):
         raise BadFile(f"{file} lacks measurement columns: it needs {', '.join(sorted(needed))}")
-    return [replace(r, model=catalog_id(r.model) or r.model) for r in parse_rows(rows)]
+    return rows
 
 
 def catalog_id(name: str) -> str | None:
@@ -127,7 +140,7 @@ def parse_rows(rows: Iterable[Mapping[str, str]]) -> list[Published]:
     """Read measurement rows (CSV columns as in docs/loss-model.md).
 
     Raises:
-        UsageError: a number is not a number, or the perplexity is missing.
+        UsageError: a number is not a positive number, or the perplexity is missing.
     """
     out = []
     for r in rows:
@@ -136,14 +149,14 @@ def parse_rows(rows: Iterable[Mapping[str, str]]) -> list[Published]:
             raise UsageError(f"measurement {r.get('label')!r} of {r.get('model')!r} has no ppl")
         out.append(
             Published(
-                model=r["model"],
-                label=r["label"],
+                model=r["model"] or "",
+                label=r["label"] or "",
                 ppl=ppl,
                 bpw=_number(r, "bpw"),
                 size_gib=_number(r, "size_gib"),
                 base_ppl=_number(r, "base_ppl_bf16_or_q8"),
-                corpus=r["corpus"],
-                n_ctx=int(r["n_ctx"] or 0),
+                corpus=r["corpus"] or "",
+                n_ctx=int(_number(r, "n_ctx") or 0),
                 mix=r.get("mix") or "",
                 source=r.get("source") or "",
                 imatrix=(r.get("imatrix") or "").strip().casefold() != "no",
@@ -154,10 +167,15 @@ def parse_rows(rows: Iterable[Mapping[str, str]]) -> list[Published]:
 
 def _number(row: Mapping[str, str], key: str) -> float | None:
     text = row.get(key) or ""
+    if not text:
+        return None
     try:
-        return float(text) if text else None
+        value = float(text)
     except ValueError:
-        raise UsageError(f"{key} {text!r} of {row.get('label')!r} is not a number") from None
+        value = math.nan
+    if not (math.isfinite(value) and value > 0.0):
+        raise UsageError(f"{key} {text!r} of {row.get('label')!r} is not a positive number")
+    return value
 
 
 def base_ppl(model: Model) -> float | None:

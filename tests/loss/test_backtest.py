@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
+import random
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -139,6 +142,18 @@ def test_recipes_with_their_ppl_in_the_name(tmp_path: Path) -> None:
     assert len(skipped) == 4
     with pytest.raises(BadFile):
         measured_recipes.read(tmp_path / "nowhere")
+
+
+def test_a_damaged_archive_of_recipes_is_named(tmp_path: Path) -> None:
+    """A .tar.gz whose download was cut is a bad file."""
+    whole = tmp_path / "recipes.tar.gz"
+    with tarfile.open(whole, "w:gz") as tar:
+        info = tarfile.TarInfo("DeepSeek-R1.ME-2.5bpw-3.6ppl.recipe")
+        info.size = 100_000
+        tar.addfile(info, io.BytesIO(random.Random(0).randbytes(info.size)))
+    whole.write_bytes(whole.read_bytes()[:50_000])
+    with pytest.raises(BadFile, match=r"recipes\.tar\.gz is damaged"):
+        measured_recipes.read(whole)
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from quantmix.errors import BadFile, UsageError
+from quantmix.errors import BadFile
 from quantmix.ggml.types import get
 from quantmix.loss import evidence, features, load, prior
 from quantmix.loss.predictor import FittedModel
@@ -219,10 +219,42 @@ def test_a_csv_of_other_measurements(tmp_path: Path) -> None:
     row = evidence.read_csv(file)[0]
     assert (row.model, row.ppl, row.mix) == ("deepseek-r1", 3.4, "all=q4_K")
     file.write_text(head + "DeepSeek-R1,mine,4.5,x,wiki.test.raw,512,\n")
-    with pytest.raises(UsageError, match="not a number"):
+    with pytest.raises(BadFile, match=r"m\.csv: ppl 'x' of 'mine' is not a positive number"):
         evidence.read_csv(file)
     file.write_text("a,b\n1,2\n")
     with pytest.raises(BadFile, match="columns"):
         evidence.read_csv(file)
     with pytest.raises(BadFile, match="cannot be read"):
         evidence.read_csv(tmp_path / "none.csv")
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("ppl", "nan"),
+        ("ppl", "inf"),
+        ("bpw", "-4"),
+        ("n_ctx", "many"),
+        ("base_ppl_bf16_or_q8", "0"),
+    ],
+)
+def test_what_is_no_positive_number_is_named(tmp_path: Path, column: str, value: str) -> None:
+    """A number that is none, not finite or not above zero is a bad file, in every column."""
+    row = {"model": "DeepSeek-R1", "label": "mine", "bpw": "4.5", "ppl": "3.4",
+           "corpus": "wiki.test.raw", "n_ctx": "512", "base_ppl_bf16_or_q8": "3.2"}  # fmt: skip
+    row[column] = value
+    file = tmp_path / "m.csv"
+    file.write_text(",".join(row) + "\n" + ",".join(row.values()) + "\n")
+    with pytest.raises(BadFile, match=f"{column} '{value}' of 'mine'"):
+        evidence.read_csv(file)
+
+
+def test_a_csv_that_is_none_is_a_bad_file(tmp_path: Path) -> None:
+    """A field longer than the reader takes, or a line cut short, is no traceback."""
+    file = tmp_path / "m.csv"
+    head = "ppl,label,n_ctx,corpus,model\n"
+    file.write_text(head + "3.4," + "x" * 200_000 + "\n")
+    with pytest.raises(BadFile, match="cannot be read"):
+        evidence.read_csv(file)
+    file.write_text(head + "3.4,mine\n")
+    assert evidence.read_csv(file)[0].model == ""
