@@ -31,7 +31,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, get_args
 
 from quantmix.errors import BadFile
 from quantmix.files import write_text
@@ -142,7 +142,7 @@ def load(path: str | Path) -> Measurements:
     """Read a results file.
 
     Raises:
-        BadFile: missing, not such a file, or a number in it is no finite number.
+        BadFile: missing, not such a file, or a field of it is of the wrong kind or not finite.
     """
     file = Path(path)
     try:
@@ -162,16 +162,40 @@ def load(path: str | Path) -> Measurements:
             failed=tuple(Failed(**{**p, "layers": tuple(p["layers"])}) for p in doc["failed"]),
             errors=tuple(TensorError(**e) for e in doc["errors"]),
         )
-        if not all(isinstance(p.type, str) and isinstance(p.role, str) for p in made.probes):
-            raise BadFile(f"{file} holds a probe whose type or role is no name")
-        if not all(math.isfinite(p.kld) and math.isfinite(p.err) for p in made.probes):
-            raise BadFile(f"{file} holds a probe that is no finite number")
-    except (KeyError, TypeError) as err:
+        for part in (made, *made.probes, *made.failed, *made.errors):
+            _require_kinds(file, part)
+    except (KeyError, TypeError, OverflowError) as err:
         raise BadFile(f"{file} is damaged: {err!r}") from err
     return made
 
 
 _LISTS: Final = ("probes", "failed", "errors")
+
+
+def _require_kinds(file: Path, part: Any) -> None:
+    """Raise BadFile where a field of a dataclass that `file` was read into is not of its kind."""
+    for f in fields(part):
+        value = getattr(part, f.name)
+        if f.name not in _LISTS and not _is_a(value, str(f.type)):
+            raise BadFile(
+                f"{file} is damaged: {f.name} is {value!r} where {f.type} belongs; "
+                "measure again with another --out"
+            )
+
+
+def _is_a(value: Any, kind: str) -> bool:
+    """Whether a value of JSON is of the kind that a field's annotation says, numbers finite."""
+    if kind == "int":
+        return isinstance(value, int)
+    if kind == "float":
+        return isinstance(value, int | float) and math.isfinite(value)
+    if kind == "Scope":
+        return value in get_args(Scope)
+    if kind == "tuple[int, ...]":
+        return all(isinstance(x, int) for x in value)
+    if kind == "Mapping[str, str]":
+        return isinstance(value, dict) and all(isinstance(x, str) for x in value.values())
+    return isinstance(value, str) or (value is None and kind.endswith("None"))
 
 
 def save(measurements: Measurements, path: str | Path) -> None:

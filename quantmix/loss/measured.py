@@ -97,7 +97,7 @@ class MeasuredModel:
             _parts(model, share, measured),
             share,
             scale,
-            measured.ppl_base or None,
+            measured.ppl_base if measured.ppl_base > 0.0 else None,
             min(max(rise / kld, 0.5), 1.5),
             imatrix=imatrix,
             measured_imatrix=measured.imatrix is not None,
