@@ -20,19 +20,18 @@ import numpy as np
 
 from quantmix.errors import BadFile, QuantmixError, UsageError
 from quantmix.ggml.types import ENGINES, table
-from quantmix.loss import features, mixes, prior, response, solved
+from quantmix.loss import features, mixes, prior, response
 from quantmix.loss.calibrate import Hyper, Row, hyper, ln_scale_prior
 from quantmix.loss.model import FloatArray
 from quantmix.models.catalog import catalog, find
 from quantmix.models.model import Model
-from quantmix.store import Measurement
 
 # The catalog knows these by geometry only: what was measured is another model's weights.
 _OTHER_WEIGHTS: Final = frozenset({"LLaMA-3.1-8B", "gemma-3-27b-it"})
 CORPUS = "wiki.test.raw"
 N_CTX = 512
 # A base that its author measured at q8_0 instead of bf16, or another build: ln units.
-_BASE_SD = 0.0005
+BASE_SD = 0.0005
 _NO_IMATRIX: Final = "made without an importance matrix, whose lack costs each model differently"
 # Perplexities are published to four decimals.
 _SAME_LN: Final = 1e-6
@@ -69,7 +68,7 @@ class Bench:
 
     Attributes:
         ln_base, ln_base_sd: ln PPL of the unquantized model and how sure it is.
-        base_known: whether the base was published (else placed below the best row).
+        base_known: whether the base was measured (else `unknown_base`).
         rows: what was measured.
         skipped: (label, why) of rows that cannot be used.
     """
@@ -249,10 +248,10 @@ def bench(
         seen.add(key)
         rows.append(row)
     if known is not None:
-        return Bench(model.id, float(np.log(known)), _BASE_SD, True, tuple(rows), tuple(skipped))
+        return Bench(model.id, float(np.log(known)), BASE_SD, True, tuple(rows), tuple(skipped))
     if not rows:
         # Nothing is measured against it: only the ratio is predicted, and a base cancels there.
-        return Bench(model.id, 0.0, _BASE_SD, False, (), tuple(skipped))
+        return Bench(model.id, 0.0, BASE_SD, False, (), tuple(skipped))
     ln_base, sd = unknown_base(model, rows, h)
     return Bench(model.id, ln_base, sd, False, tuple(rows), tuple(skipped))
 
@@ -283,61 +282,6 @@ def _is_base(row: Row, base: float) -> bool:
     return row.exact and not lossy and abs(row.ln_ppl - float(np.log(base))) < _SAME_LN
 
 
-def own_bench(model: Model, share: FloatArray, measured: Sequence[Measurement]) -> Bench | None:
-    """Return the bench of one's own measurements of `model` (rows of the store), None if empty.
-
-    Rows count that were measured against a base (they have `ln_ratio`) and name their types. Of
-    the groups measured alike (text, context, chunks, engine, KV types, base) the one that tells
-    most is used: groups are never mixed, nor with published rows. Of a mix measured twice the mean
-    counts. Files made without an importance matrix are left out, as published ones are.
-    """
-    groups: dict[tuple[object, ...], list[Measurement]] = {}
-    skipped = []
-    for m in measured:
-        if m.ln_ratio is None or not m.types:
-            continue
-        if m.imatrix == 0 and _needs_imatrix(model, share, _own_types(model, m)):
-            skipped.append((m.file, _NO_IMATRIX))
-            continue
-        alike = (m.corpus, m.n_ctx, m.chunks, m.engine, m.build, m.ctk, m.ctv, m.base)
-        groups.setdefault(alike, []).append(m)
-    if not groups:
-        return None
-    row_sd = hyper().row_sd
-    chosen = max(groups.values(), key=lambda g: _information(g, row_sd))
-    by_mix: dict[str, list[Measurement]] = {}
-    for m in chosen:
-        by_mix.setdefault(m.mix, []).append(m)
-    ln_base = float(np.mean([np.log(m.ppl) - (m.ln_ratio or 0.0) for m in chosen]))
-    rows = []
-    for same in by_mix.values():
-        types = _own_types(model, same[0])
-        tilted = solved.shares(model, share, types, hyper().solved)
-        w = features.of_types(model, tilted, types, imatrix=same[0].imatrix != 0)
-        ratio = float(np.mean([m.ln_ratio or 0.0 for m in same]))
-        # Runs over the same text share its tokens: repeating one tells no more.
-        sd = min(m.ln_ratio_err or 0.0 for m in same)
-        rows.append(Row(same[-1].file, w, ln_base + ratio, same[0].bpw, sd=sd))
-    return Bench(model.id, ln_base, _BASE_SD, True, tuple(rows), tuple(skipped))
-
-
-def _information(group: Sequence[Measurement], row_sd: float) -> float:
-    """Return the summed precision of the ln ratios of a group's mixes."""
-    by_mix = {m.mix: m.ln_ratio_err or 0.0 for m in group}
-    return sum(1.0 / (row_sd**2 + err**2) for err in by_mix.values())
-
-
-def _needs_imatrix(model: Model, share: FloatArray, types: Sequence[str | None]) -> bool:
-    """Whether some type of a mix would do less damage with an importance matrix."""
-    w = features.of_types(model, share, types, imatrix=False)
-    return bool((w.sum(axis=0) * (features.without_imatrix() - 1.0)).any())
-
-
-def _own_types(model: Model, m: Measurement) -> list[str | None]:
-    names = (m.types.get(t.name) if t.quantizable and t.loaded else None for t in model.tensors)
-    return [mixes.curve_name(n) if n else None for n in names]
-
-
 def _row(
     model: Model, share: FloatArray, p: Published, sizes_too: bool, h: Hyper, base: float | None
 ) -> tuple[Row | None, str]:
@@ -355,7 +299,7 @@ def _row(
                 return None, str(err)
         else:
             w = features.of_fractions(model, share, chances)
-            if not p.imatrix and (w.sum(axis=0) * (features.without_imatrix() - 1.0)).any():
+            if not p.imatrix and needs_imatrix(w):
                 return None, _NO_IMATRIX
             return Row(p.label, w, ln_ppl, bits_of(model, chances)), ""
     if not sizes_too:
@@ -365,6 +309,11 @@ def _row(
     if bpw is None:
         return None, "neither its mix nor its size is published"
     return Row(p.label, typical(bpw, h), ln_ppl, bpw, exact=False), ""
+
+
+def needs_imatrix(w: FloatArray) -> bool:
+    """Whether some type of a mix, features `w`, would do less damage with an importance matrix."""
+    return bool((w.sum(axis=0) * (features.without_imatrix() - 1.0)).any())
 
 
 def typical(bpw: float, h: Hyper) -> FloatArray:

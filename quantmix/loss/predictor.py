@@ -21,6 +21,7 @@ from quantmix.loss import (
     evidence,
     features,
     order,
+    own_files,
     prior,
     response,
     solved,
@@ -30,8 +31,6 @@ from quantmix.loss.model import FloatArray, LossModel
 from quantmix.loss.quality import Quality
 from quantmix.models.model import Model
 from quantmix.store import Measurement
-
-_ENOUGH_OWN = 3
 
 
 @dataclass(frozen=True)
@@ -71,10 +70,10 @@ class FittedModel:
     def of_own(
         cls, model: Model, measured: Sequence[Measurement], *, imatrix: bool = True
     ) -> FittedModel | None:
-        """Fit on one's own measured files; None when they are fewer than three mixes."""
+        """Fit on one's own measured files; None when no three mixes were measured alike."""
         share = prior.shares(model)
-        bench = evidence.own_bench(model, share, measured)
-        if bench is None or len(bench.rows) < _ENOUGH_OWN:
+        bench = own_files.bench(model, share, measured)
+        if bench is None:
             return None
         return replace(cls.on_bench(model, share, bench, imatrix=imatrix), own=True)
 

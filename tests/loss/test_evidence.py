@@ -159,6 +159,18 @@ def test_more_files_of_little_text_do_not_replace_few_of_much(small: Model) -> N
     assert _rise(small, [*much, *little], "iq4_xs") == _rise(small, much, "iq4_xs")
 
 
+def test_two_sure_files_do_not_hide_three(small: Model) -> None:
+    """Only groups of three mixes compete; the base measured against itself is no mix."""
+    three = [
+        replace(_own(small, n, r), ln_ratio_err=0.004)
+        for n, r in (("q6_K", 0.01), ("iq4_k", 0.09), ("iq3_k", 0.5))
+    ]
+    sure = [replace(r, corpus="sure", ln_ratio_err=1e-4) for r in three[:2]]
+    assert _rise(small, [*sure, *three], "iq4_xs") == _rise(small, three, "iq4_xs")
+    base = replace(_own(small, "bf16", 0.0), corpus="sure", ln_ratio_err=0.0)
+    assert _rise(small, [*sure, base], "iq4_xs") == _rise(small, [], "iq4_xs")
+
+
 def test_own_files_made_without_a_matrix_do_not_calibrate(small: Model) -> None:
     """They would count the missing matrix twice."""
     rows = [_own(small, n, r) for n, r in (("q4_K", 0.2), ("iq4_xs", 0.3), ("q3_K", 2.0))]
