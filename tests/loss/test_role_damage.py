@@ -113,6 +113,17 @@ def test_a_probed_type_keeps_its_own_deviation_when_sure(smol: Model) -> None:
     assert kept[1] < 1.03
 
 
+def test_a_probed_interleaved_type_keeps_its_own_deviation_too(smol: Model) -> None:
+    """iq5_ks_r4 holds the weights of iq5_ks: what a probe of it shows counts for both."""
+    kept = []
+    for name in ("iq5_ks", "iq5_ks_r4"):
+        truth = _kld("iq5_ks", 4.2, 0.003, 0.003) * 1.15
+        probes = [_probe("ffn_up", n, _kld(n, 4.2, 0.003, 0.003)) for n in ("iq3_ks", "iq4_ks")]
+        probes.append(replace(_probe("ffn_up", "iq5_ks", truth), type=name, kld_err=1e-3 * truth))
+        kept.append(_fit(smol, _measured(*probes))["ffn_up"].at([get(name)])[0] / truth)
+    assert kept == pytest.approx([1.0, 1.0], abs=0.02)
+
+
 def test_an_unknown_error_lies_between_its_neighbours(smol: Model) -> None:
     """Without an error of its own, iq3_k lies between iq4_ks and iq3_ks on the type curve."""
     probes = [_probe("ffn_up", n, _kld(n, 4.2, 0.003, 0.0006)) for n in ("iq3_ks", "iq4_ks")]
