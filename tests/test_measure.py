@@ -67,6 +67,15 @@ def test_names_that_do_not_exist(model: Path) -> None:
         measure.groups_of(weights, "role", ["q4_K"], roles=["foo"])
     with pytest.raises(UnknownName, match="q4_K"):
         measure.groups_of(weights, "role", ["q4_k"])
+    with pytest.raises(UsageError, match="q8_1 cannot be measured"):
+        measure.groups_of(weights, "role", ["q8_1"])
+
+
+def test_what_is_named_twice_is_measured_once(model: Path) -> None:
+    """Types and roles of a list count once."""
+    weights = open_weights(model)
+    once = measure.groups_of(weights, "role", ["q4_K"], roles=["ffn_up"])
+    assert measure.groups_of(weights, "role", ["q4_K"] * 2, roles=["ffn_up"] * 2) == once
 
 
 def test_a_finished_probe_is_not_repeated(model: Path, words: Path, tmp_path: Path) -> None:
