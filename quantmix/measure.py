@@ -83,9 +83,7 @@ def groups_of(
         UnknownName: a type or role that does not exist.
         UsageError: nothing to measure, or a type that ik cannot write.
     """
-    for name in asked:
-        if not types.get(name).writable:
-            raise UsageError(f"{name} cannot be measured: ik cannot write it (`quantmix types`)")
+    require_writable(asked)
     members: dict[str, list[tuple[int | None, str]]] = {}
     for name, (info, _, _) in weights.tensors.items():
         if is_quantizable(name, info.shape):
@@ -102,6 +100,18 @@ def groups_of(
     if not found:
         raise UsageError("nothing to measure: give --types and a model with matrices")
     return tuple(found)
+
+
+def require_writable(names: Iterable[str]) -> None:
+    """Refuse types that the packaged engine, ik, knows but cannot quantize to.
+
+    Raises:
+        UnknownName: it does not know one.
+        UsageError: it cannot write one.
+    """
+    for name in names:
+        if not types.get(name).writable:
+            raise UsageError(f"{name} cannot be measured: ik cannot write it (`quantmix types`)")
 
 
 def _parts(
@@ -317,7 +327,9 @@ def tensor_errors(
 
     Raises:
         BadFile: bad source, or an imatrix of another model.
+        UsageError: a type that ik cannot write.
     """
+    require_writable(asked)
     weights = open_weights(source)
     matrix = read_imatrix(imatrix, weights) if imatrix else None
     wanted = _sample(weights, layers) if layers else set(weights.tensors)

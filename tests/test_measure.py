@@ -69,6 +69,8 @@ def test_names_that_do_not_exist(model: Path) -> None:
         measure.groups_of(weights, "role", ["q4_k"])
     with pytest.raises(UsageError, match="q8_1 cannot be measured"):
         measure.groups_of(weights, "role", ["q8_1"])
+    with pytest.raises(UsageError, match="q8_1 cannot be measured"):
+        measure.tensor_errors(model, None, ["q4_K", "q8_1"])
 
 
 def test_what_is_named_twice_is_measured_once(model: Path) -> None:
