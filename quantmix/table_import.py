@@ -21,7 +21,7 @@ from quantmix.ggml import types as ggml
 from quantmix.measurements import TABLE, Measurements, Probe
 from quantmix.models.model import Model, Tensor
 
-_UNMEASURED = ("404", "404.0", "")
+_UNMEASURED = 404.0
 
 
 def import_table(file: str | Path, model: Model) -> Measurements:
@@ -44,7 +44,7 @@ def import_table(file: str | Path, model: Model) -> Measurements:
         raise UsageError(f"{path} names no tensor of {model.id}: say the right --model")
     probes: list[Probe] = []
     for row in rows:
-        qtype = ggml.get(row["QTYPE"], "ik")
+        qtype = ggml.get(row["QTYPE"] or "", "ik")
         if qtype.family == "ternary":
             continue
         cells = {c: _kld(path, c, row[c] or "") for c in known}
@@ -115,12 +115,14 @@ def _probe(
 
 def _kld(path: Path, column: str, text: str) -> float | None:
     """Read one cell; None when it was not measured."""
-    if text.strip() in _UNMEASURED:
+    if not text.strip():
         return None
     try:
         value = float(text)
     except ValueError:
         value = math.nan
+    if value == _UNMEASURED:
+        return None
     if not math.isfinite(value) or value < 0:
         raise BadFile(f"{path}: the cell of {column} is {text!r}, no KLD in nats")
     return value

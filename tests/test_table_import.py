@@ -96,6 +96,13 @@ def test_an_imported_table_serves_a_local_file(tmp_path: Path) -> None:
     assert imported(tmp_path, load_model(str(ghost)), iq2_k=0.02).basis == "measured"
 
 
+def test_a_cell_of_404_was_not_measured_however_it_is_written(tmp_path: Path) -> None:
+    """404.000000 is no KLD of 404 nats."""
+    columns = "QTYPE,blk.0.attn_k.weight,blk.1.attn_k.weight,blk.0.ffn_down.weight"
+    path = table(tmp_path, columns, "iq1_kt,404.000000, 4.04e2 ,0.002")
+    assert {p.role for p in import_table(path, MODEL).probes} == {"ffn_down"}
+
+
 def test_ternary_rows_rank_nothing(tmp_path: Path) -> None:
     """Rows of iq1_bn and its like are left out of the probes."""
     columns = "QTYPE,blk.0.attn_k.weight,blk.0.ffn_down.weight"

@@ -82,6 +82,17 @@ def test_other_files_in_the_folder_are_passed_over(made: Any, tmp_path: Path) ->
     assert verify.find_target(folder).file == folder / "q.gguf"
 
 
+def test_a_recipe_that_is_named_comes_before_the_one_in_the_folder(
+    made: Any, tmp_path: Path
+) -> None:
+    """`--recipe` counts for a folder as it does for a file."""
+    other = tmp_path / "recipe.json"
+    other.write_text(json.dumps(replace(made[2], name="other").to_json()))
+    found = verify.find_target(made[1], other)
+    assert found.recipe is not None
+    assert found.recipe.name == "other"
+
+
 def test_the_measurement_is_stored(made: Any, tmp_path: Path) -> None:
     """The store gets a row keyed by model, mix, file, corpus and engine."""
     found = _verify(made, verify.find_target(made[1]), tmp_path, base=made[0])
