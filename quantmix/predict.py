@@ -13,7 +13,7 @@ from quantmix.errors import BadFile, UnknownName, UsageError
 from quantmix.ggml.header import is_gguf
 from quantmix.ggml.types import Engine, GgmlType, get, resolve
 from quantmix.loss import load as load_loss
-from quantmix.loss.model import LossModel
+from quantmix.loss.model import LossModel, mix_damage
 from quantmix.loss.quality import Quality
 from quantmix.models.model import Model, Tensor
 from quantmix.recipe import PlannedTensor, Size
@@ -207,15 +207,12 @@ def _roles(
     mix: Sequence[GgmlType | None],
     loss: LossModel,
 ) -> dict[str, dict[str, float | int]]:
-    types = {q.name: q for q in mix if q is not None}
-    cells = loss.damage(model, list(types.values()))
-    column = {n: j for j, n in enumerate(types)}
+    damage = mix_damage(loss, model, mix)
     roles: dict[str, dict[str, float | int]] = {}
-    for i, (tensor, plan, qtype) in enumerate(zip(model.tensors, planned, mix, strict=True)):
+    for tensor, plan, value in zip(model.tensors, planned, damage, strict=True):
         role = roles.setdefault(tensor.role, {"damage": 0.0, "bytes": 0})
         role["bytes"] += plan.bytes
-        if qtype is not None:
-            role["damage"] += float(cells[i, column[qtype.name]])
+        role["damage"] += float(value)
     return dict(sorted(roles.items(), key=lambda r: (-r[1]["damage"], -r[1]["bytes"], r[0])))
 
 

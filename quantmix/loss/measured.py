@@ -18,7 +18,7 @@ import numpy as np
 from quantmix.errors import UsageError
 from quantmix.ggml.types import GgmlType, table
 from quantmix.loss import calibrate, curve, features, prior, response, role_damage, trust
-from quantmix.loss.model import FloatArray
+from quantmix.loss.model import FloatArray, mix_damage, total
 from quantmix.loss.quality import Quality
 from quantmix.loss.role_damage import RoleDamage
 from quantmix.measurements import Measurements, Probe
@@ -130,12 +130,8 @@ class MeasuredModel:
 
     def quality(self, model: Model, mix: Sequence[GgmlType | None]) -> Quality:
         """Predict the whole mix; see `LossModel.quality`."""
-        from quantmix.loss.predictor import mix_damage
-
         cells = mix_damage(self, model, mix)
-        damage = 0.0
-        for value in cells:
-            damage += float(value)
+        damage = total(cells)
         kld = self.kld(damage)
         rise = self.ppl_per_nat * kld
         relative = math.hypot(

@@ -27,7 +27,7 @@ from quantmix.loss import (
     solved,
     trust,
 )
-from quantmix.loss.model import FloatArray, LossModel
+from quantmix.loss.model import FloatArray, mix_damage, total
 from quantmix.loss.quality import Quality
 from quantmix.models.model import Model
 from quantmix.store import Measurement
@@ -113,10 +113,7 @@ class FittedModel:
 
     def quality(self, model: Model, mix: Sequence[GgmlType | None]) -> Quality:
         """Predict the whole mix; see `LossModel.quality`."""
-        cells = mix_damage(self, model, mix)
-        damage = 0.0
-        for value in cells:
-            damage += float(value)
+        damage = total(mix_damage(self, model, mix))
         h = calibrate.hyper()
         w = features.of_types(model, self.share, mix, imatrix=self.imatrix)
         p = self.of_features(w)
@@ -185,14 +182,3 @@ class FittedModel:
         grown = p.rise / p.damage - 1.0
         spread *= (1.0 + (1.0 + calibrate.hyper().power) * grown) / (1.0 + grown)
         return replace(p, relative=float(np.hypot(p.relative, spread)))
-
-
-def mix_damage(loss: LossModel, model: Model, mix: Sequence[GgmlType | None]) -> FloatArray:
-    """Return the damage of each tensor in a mix, shape (n_tensors,)."""
-    types = {t.name: t for t in mix if t is not None}
-    names = sorted(types)
-    if not names:
-        return np.zeros(len(model.tensors))
-    cells = loss.damage(model, [types[n] for n in names])
-    column = {n: j for j, n in enumerate(names)}
-    return np.array([0.0 if t is None else cells[i, column[t.name]] for i, t in enumerate(mix)])
