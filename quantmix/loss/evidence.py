@@ -12,7 +12,6 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from importlib.resources import files
 from pathlib import Path
 from typing import Final
 
@@ -20,10 +19,10 @@ import numpy as np
 
 from quantmix.errors import BadFile, QuantmixError, UsageError
 from quantmix.ggml.types import ENGINES, table
-from quantmix.loss import features, mixes, prior, response
+from quantmix.loss import features, mixes, prior, response, shipped
 from quantmix.loss.calibrate import Hyper, Row, hyper, ln_scale_prior
 from quantmix.loss.model import FloatArray
-from quantmix.models.catalog import catalog, find
+from quantmix.models.catalog import find
 from quantmix.models.model import Model
 
 # The catalog knows these by geometry only: what was measured is another model's weights.
@@ -84,14 +83,7 @@ class Bench:
 @cache
 def published() -> tuple[Published, ...]:
     """Return the published measurements of the package."""
-    text = (files("quantmix.loss") / "published.csv").read_text(encoding="utf-8")
-    return tuple(parse_rows(csv.DictReader(text.splitlines())))
-
-
-@cache
-def catalog_ids() -> frozenset[str]:
-    """Return the ids of the catalog."""
-    return frozenset(catalog())
+    return tuple(parse_rows(shipped.rows("published.csv")))
 
 
 def read_csv(file: Path) -> list[Published]:
@@ -184,8 +176,7 @@ def base_ppl(model: Model) -> float | None:
 
 @cache
 def _bases() -> dict[str, float]:
-    text = (files("quantmix.loss") / "base_ppl.csv").read_text(encoding="utf-8")
-    return {r["model"]: float(r["ppl"]) for r in csv.DictReader(text.splitlines())}
+    return {r["model"]: float(r["ppl"]) for r in shipped.rows("base_ppl.csv")}
 
 
 def of_model(model: Model, measured: Sequence[Published] | None = None) -> list[Published]:
