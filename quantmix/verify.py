@@ -23,7 +23,7 @@ from quantmix.engine.scores import Scores
 from quantmix.errors import BadFile, QuantmixError, UsageError
 from quantmix.ggml.types import Engine
 from quantmix.ggml.weights import WeightsFile, open_weights
-from quantmix.loss.evidence import N_CTX
+from quantmix.loss.evidence import N_CTX, OTHER_BASE, base_ppl
 from quantmix.recipe import Recipe
 from quantmix.recipe import load as load_recipe
 from quantmix.store import Measurement, Store
@@ -348,12 +348,14 @@ def _comparable(recipe: Recipe, found: Evaluation, whole_text: bool) -> bool:
     """Whether a measured perplexity is on the scale of the prediction.
 
     With a base it is. Without one only on the whole text that published perplexities are of, and
-    not where own probes of another text were the basis.
+    not where own probes or files of another text were the basis: their base is another.
     """
     if found.log_ratio is not None:
         return True
+    q, base = recipe.quality, base_ppl(recipe.model.id)
     published = found.corpus_sha256 == wikitext.SHA256 and found.n_ctx == N_CTX and whole_text
-    return published and recipe.quality.basis != "measured"
+    other = base and q.ppl_base and abs(math.log(q.ppl_base / base)) > OTHER_BASE
+    return published and q.basis != "measured" and not other
 
 
 def _row(verified: Verified, base: str | Path | None) -> Measurement:

@@ -184,6 +184,10 @@ def test_without_a_base_only_the_published_text_is_compared(made: Any, tmp_path:
     assert verify.predict(recipe, same, whole_text=False).holds is None
     probes = replace(recipe, quality=replace(tight, basis="measured"))
     assert verify.predict(probes, same).holds is None
+    for ppl_base, holds in ((18.61, False), (25.0, None)):  # published: 18.6076; own files: any
+        quality = replace(tight, basis="calibrated", ppl_base=ppl_base)
+        known = replace(recipe, model=replace(recipe.model, id="qwen3.5-0.8b"), quality=quality)
+        assert verify.predict(known, same).holds is holds
 
 
 def test_the_error_of_the_measurement_is_granted(made: Any, tmp_path: Path) -> None:

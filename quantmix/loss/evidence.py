@@ -38,7 +38,7 @@ _SAME_LN: Final = 1e-6
 # off by more than the scale is (types, size), and runs differ.
 _UNKNOWN_FORM_SD, _UNKNOWN_BASE_SD = 0.3, 0.003
 # A measured base this far (ln) from the one that is used is of another text or build.
-_OTHER_BASE: Final = 0.02
+OTHER_BASE: Final = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,9 +169,9 @@ def _number(row: Mapping[str, str], key: str) -> float | None:
     return value
 
 
-def base_ppl(model: Model) -> float | None:
-    """Return the perplexity of the unquantized model on wiki.test.raw at 512, None if unknown."""
-    return _bases().get(model.id)
+def base_ppl(model_id: str) -> float | None:
+    """Return the perplexity of an unquantized model on wiki.test.raw at 512, None if unknown."""
+    return _bases().get(model_id)
 
 
 @cache
@@ -221,7 +221,7 @@ def bench(
     h = h or hyper()
     sizes_too = sizes_too and model.hparams.is_moe and not any(t.exact_type for t in model.tensors)
     bases = sorted({p.base_ppl for p in measured if p.base_ppl})
-    known = base_ppl(model) or (bases[0] if bases else None)
+    known = base_ppl(model.id) or (bases[0] if bases else None)
     rows, skipped = [], []
     seen: set[tuple[float, bytes]] = set()
     for p in measured:
@@ -279,7 +279,7 @@ def _row(
     bpw = _bits(model, p)
     # Measured next to another run of the base: what counts is the ratio.
     moved = 0.0 if p.base_ppl is None or base is None else math.log(base / p.base_ppl)
-    if abs(moved) > _OTHER_BASE:
+    if abs(moved) > OTHER_BASE:
         return None, f"compared with a base of {p.base_ppl:g} where others have {base:g}"
     ln_ppl = math.log(p.ppl) + moved
     if p.mix:
