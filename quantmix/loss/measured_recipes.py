@@ -46,7 +46,7 @@ def read(source: Path) -> tuple[list[MeasuredRecipe], list[tuple[str, str]]]:
     models: dict[str, Model] = {}
     for name, text in sorted(_files(source)):
         match = _NAME.match(name)
-        if match is None:
+        if match is None or float(match["ppl"]) <= 1.0:
             skipped.append((name, "its name carries no measured ppl"))
             continue
         if _BAD_MARK in text.lower():

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from quantmix.loss import evidence, prior
-from quantmix.loss.fit import curate, curve, hyper, no_imatrix, sensitivity, tables
+from quantmix.loss.fit import command, curate, curve, hyper, no_imatrix, sensitivity, tables
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -96,4 +96,4 @@ def _write(file: Path, columns: Sequence[str], rows: Iterable[Mapping[str, str]]
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

@@ -26,7 +26,7 @@ from typing import Final
 
 from quantmix.ggml.types import resolve
 from quantmix.loss import curve, evidence, prior
-from quantmix.loss.fit import curate
+from quantmix.loss.fit import command, curate
 from quantmix.loss.mixes import curve_name
 from quantmix.models.model import Model
 from quantmix.models.sources import load_model
@@ -220,4 +220,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

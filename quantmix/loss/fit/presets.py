@@ -21,7 +21,7 @@ from typing import Final
 from quantmix.engine import mainline
 from quantmix.ggml.types import get
 from quantmix.loss import evidence
-from quantmix.loss.fit import curate
+from quantmix.loss.fit import command, curate
 from quantmix.models.ghost import write_ghost
 from quantmix.models.model import Model
 from quantmix.models.sources import load_model
@@ -128,4 +128,4 @@ def _off(model: Model, types: Mapping[str, str], size_gib: str) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)
