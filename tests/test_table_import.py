@@ -85,6 +85,7 @@ def test_an_imported_table_predicts_a_ratio_and_no_perplexity(tmp_path: Path) ->
     quality = loss.quality(MODEL, [get("iq4_k") if t.quantizable else None for t in MODEL.tensors])
     assert quality.ppl is None
     assert quality.ppl_base is None
+    assert not any("importance matrix" in w for w in quality.warnings)
     assert quality.ln_ppl_ratio_low is not None
     assert 0.0 < quality.ln_ppl_ratio_low < quality.ln_ppl_ratio < 0.1
 

@@ -100,7 +100,8 @@ class MeasuredModel:
             measured.ppl_base if measured.ppl_base > 0.0 else None,
             min(max(rise / kld, 0.5), 1.5),
             imatrix=imatrix,
-            measured_imatrix=measured.imatrix is not None,
+            # A table does not say: unknown counts as used, as for published perplexities.
+            measured_imatrix=measured.imatrix is not None or measured.is_table,
         )
 
     def damage(self, model: Model, types: Sequence[GgmlType]) -> FloatArray:
