@@ -273,9 +273,10 @@ def _other_errors(
         if name in known:
             continue
         ratios = [
-            known[other] / np.mean([theirs[t] for t in mine])
+            known[other] / mean
             for other, theirs in by_type.items()
             if other in known and mine.keys() <= theirs.keys()
+            if (mean := float(np.mean([theirs[t] for t in mine]))) > 0.0
         ]
         scale = float(np.median(ratios)) if ratios else 1.0
         found[name] = max(scale * float(np.mean(list(mine.values()))), _TINY)

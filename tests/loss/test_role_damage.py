@@ -131,6 +131,17 @@ def test_an_unknown_error_lies_between_its_neighbours(smol: Model) -> None:
     assert ERRORS["iq4_ks"] < found.error(get("iq3_k")) < ERRORS["iq3_ks"]
 
 
+def test_a_probed_type_that_loses_nothing_scales_no_errors(smol: Model) -> None:
+    """bf16 of a bf16 source has an error of zero, which is no unit for the errors of others."""
+    probes = [_probe("ffn_up", n, _kld(n, 4.2, 0.003, 0.0006)) for n in ("iq3_ks", "iq4_ks")]
+    probes.append(replace(_probe("ffn_up", "q8_0", 1e-9), type="bf16", err=0.0))
+    tensor = next(t.name for t in smol.tensors if t.role == "ffn_up")
+    errors = {"bf16": 0.0, "iq4_ks": ERRORS["iq4_ks"], "iq5_ks": ERRORS["iq5_ks"]}
+    rows = tuple(TensorError(tensor, n, e) for n, e in errors.items())
+    found = _fit(smol, replace(_measured(*probes), errors=rows))["ffn_up"]
+    assert found.error(get("iq5_ks")) == pytest.approx(ERRORS["iq5_ks"])
+
+
 def test_interleaving_changes_no_weights(smol: Model) -> None:
     """q8_k_r8 and q6_k_r4 round activations otherwise, which is not the error of the weights."""
     probes = [_probe("ffn_up", n, _kld(n, 4.2, 0.003, 0.0006)) for n in ("iq3_ks", "q8_0")]
