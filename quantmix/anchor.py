@@ -32,8 +32,7 @@ from quantmix.ggml.types import GgmlType, get
 from quantmix.ggml.weights import open_weights
 from quantmix.loss import curve
 from quantmix.loss.measured import MeasuredModel
-from quantmix.loss.model import FloatArray
-from quantmix.loss.predictor import mix_damage
+from quantmix.loss.model import FloatArray, mix_damage
 from quantmix.measurements import Measurements
 from quantmix.models.model import Model
 from quantmix.models.sources import load_model

@@ -74,17 +74,16 @@ def groups_of(
     roles: Sequence[str] = (),
     bands: int = 3,
 ) -> tuple[Group, ...]:
-    """Return the probes of a scope: every role (or those named) at every type asked for.
+    """Return the probes of a scope: every role (or those named) at every type asked for, each once.
 
     Args:
         bands: depth bands of equal size, for scope `band`.
 
     Raises:
         UnknownName: a type or role that does not exist.
-        UsageError: nothing to measure.
+        UsageError: nothing to measure, or a type that ik cannot write.
     """
-    for name in asked:
-        types.get(name)
+    require_writable(asked)
     members: dict[str, list[tuple[int | None, str]]] = {}
     for name, (info, _, _) in weights.tensors.items():
         if is_quantizable(name, info.shape):
@@ -95,12 +94,24 @@ def groups_of(
             hint = f"it has {', '.join(members)}"
             raise UnknownName.of("role of this model", role, members, hint)
     found = []
-    for role in roles or members:
+    for role in dict.fromkeys(roles or members):
         for layers, tensors in _parts(scope, members[role], bands):
-            found += [Group(scope, role, layers, kind, tensors) for kind in asked]
+            found += [Group(scope, role, layers, kind, tensors) for kind in dict.fromkeys(asked)]
     if not found:
         raise UsageError("nothing to measure: give --types and a model with matrices")
     return tuple(found)
+
+
+def require_writable(names: Iterable[str]) -> None:
+    """Refuse types that the packaged engine, ik, knows but cannot quantize to.
+
+    Raises:
+        UnknownName: it does not know one.
+        UsageError: it cannot write one.
+    """
+    for name in names:
+        if not types.get(name).writable:
+            raise UsageError(f"{name} cannot be measured: ik cannot write it (`quantmix types`)")
 
 
 def _parts(
@@ -316,7 +327,9 @@ def tensor_errors(
 
     Raises:
         BadFile: bad source, or an imatrix of another model.
+        UsageError: a type that ik cannot write.
     """
+    require_writable(asked)
     weights = open_weights(source)
     matrix = read_imatrix(imatrix, weights) if imatrix else None
     wanted = _sample(weights, layers) if layers else set(weights.tensors)

@@ -19,6 +19,9 @@ probes of several scopes and lengths of text, `tokens` of a probe says its own.
 tensors of `role` in `layers` (empty: all layers, or a role without layers) at `type`. `err` is the
 imatrix-weighted relative squared error of the same tensors, Σ w·(x−x̂)² / Σ w·x². `errors` need no
 model run: they rank tensors and scale a measured role to its tensors, but are no KLD themselves.
+
+A table of another tool (`quantmix import`) says neither errors nor the base's perplexity nor whose
+weights it is of: `err` and `ppl_base` are 0 there, and `model` is `table:` and a digest of it.
 """
 
 from __future__ import annotations
@@ -28,13 +31,14 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, get_args
 
 from quantmix.errors import BadFile
 from quantmix.files import write_text
 
 SCHEMA: Final = 1
 KIND: Final = "quantmix-measurements"
+TABLE: Final = "table:"
 
 Scope = Literal["role", "band", "tensor"]
 Key = tuple[str, str, tuple[int, ...], str]
@@ -111,6 +115,11 @@ class Measurements:
     errors: tuple[TensorError, ...] = ()
 
     @property
+    def is_table(self) -> bool:
+        """Whether it is a table of another tool, which has no fingerprint of its model."""
+        return self.model.startswith(TABLE)
+
+    @property
     def done(self) -> set[Key]:
         """Keys that need no further run."""
         return {p.key for p in self.probes} | {f.key for f in self.failed}
@@ -133,7 +142,7 @@ def load(path: str | Path) -> Measurements:
     """Read a results file.
 
     Raises:
-        BadFile: missing, not such a file, or a number in it is no finite number.
+        BadFile: missing, not such a file, or a field of it is of the wrong kind or not finite.
     """
     file = Path(path)
     try:
@@ -153,16 +162,40 @@ def load(path: str | Path) -> Measurements:
             failed=tuple(Failed(**{**p, "layers": tuple(p["layers"])}) for p in doc["failed"]),
             errors=tuple(TensorError(**e) for e in doc["errors"]),
         )
-        if not all(isinstance(p.type, str) and isinstance(p.role, str) for p in made.probes):
-            raise BadFile(f"{file} holds a probe whose type or role is no name")
-        if not all(math.isfinite(p.kld) and math.isfinite(p.err) for p in made.probes):
-            raise BadFile(f"{file} holds a probe that is no finite number")
-    except (KeyError, TypeError) as err:
+        for part in (made, *made.probes, *made.failed, *made.errors):
+            _require_kinds(file, part)
+    except (KeyError, TypeError, OverflowError) as err:
         raise BadFile(f"{file} is damaged: {err!r}") from err
     return made
 
 
 _LISTS: Final = ("probes", "failed", "errors")
+
+
+def _require_kinds(file: Path, part: Any) -> None:
+    """Raise BadFile where a field of a dataclass that `file` was read into is not of its kind."""
+    for f in fields(part):
+        value = getattr(part, f.name)
+        if f.name not in _LISTS and not _is_a(value, str(f.type)):
+            raise BadFile(
+                f"{file} is damaged: {f.name} is {value!r} where {f.type} belongs; "
+                "measure again with another --out"
+            )
+
+
+def _is_a(value: Any, kind: str) -> bool:
+    """Whether a value of JSON is of the kind that a field's annotation says, numbers finite."""
+    if kind == "int":
+        return isinstance(value, int)
+    if kind == "float":
+        return isinstance(value, int | float) and math.isfinite(value)
+    if kind == "Scope":
+        return value in get_args(Scope)
+    if kind == "tuple[int, ...]":
+        return all(isinstance(x, int) for x in value)
+    if kind == "Mapping[str, str]":
+        return isinstance(value, dict) and all(isinstance(x, str) for x in value.values())
+    return isinstance(value, str) or (value is None and kind.endswith("None"))
 
 
 def save(measurements: Measurements, path: str | Path) -> None:

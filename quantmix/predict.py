@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from quantmix.errors import BadFile, UnknownName, UsageError
 from quantmix.ggml.header import is_gguf
 from quantmix.ggml.types import Engine, GgmlType, get, resolve
 from quantmix.loss import load as load_loss
-from quantmix.loss.model import LossModel
+from quantmix.loss.model import LossModel, mix_damage
 from quantmix.loss.quality import Quality
 from quantmix.models.model import Model, Tensor
 from quantmix.recipe import PlannedTensor, Size
@@ -86,8 +86,9 @@ def uniform(model: Model, name: str, engine: Engine = "ik") -> dict[str, str]:
 
     Raises:
         UnknownName: the engine has no such type.
+        UsageError: it cannot write it.
     """
-    get(name, engine)
+    _require_writable([name], engine)
     return {t.name: name for t in model.tensors if t.quantizable}
 
 
@@ -96,7 +97,8 @@ def read_mix(path: Path, model: Model, engine: Engine = "ik") -> dict[str, str]:
 
     Raises:
         BadFile: nothing there, or none of the three.
-        UsageError: a line is no rule, or no tensor of `model` is in it.
+        UsageError: a line is no rule or names a type that the engine cannot write, or no tensor of
+            `model` is in it.
     """
     if is_ours(path):
         from quantmix.recipe import load
@@ -112,11 +114,18 @@ def read_mix(path: Path, model: Model, engine: Engine = "ik") -> dict[str, str]:
         types = {t.name: t.source_type for t in load_model(str(path)).tensors}
     else:
         types = resolve_rules(_lines(path), model, engine, source=str(path))
+        _require_writable(types.values(), engine)
     known = {t.name: t for t in model.tensors}
     found = {n: q for n, q in types.items() if n in known and known[n].quantizable}
     if not found:
         raise UsageError(f"{path} gives no type to any tensor of {model.id}: is it for that model?")
     return found
+
+
+def _require_writable(names: Iterable[str], engine: Engine) -> None:
+    for name in names:
+        if not get(name, engine).writable:
+            raise UsageError(f"{engine} knows {name} but cannot write it: see `quantmix types`")
 
 
 def is_ours(path: Path) -> bool:
@@ -198,15 +207,12 @@ def _roles(
     mix: Sequence[GgmlType | None],
     loss: LossModel,
 ) -> dict[str, dict[str, float | int]]:
-    types = {q.name: q for q in mix if q is not None}
-    cells = loss.damage(model, list(types.values()))
-    column = {n: j for j, n in enumerate(types)}
+    damage = mix_damage(loss, model, mix)
     roles: dict[str, dict[str, float | int]] = {}
-    for i, (tensor, plan, qtype) in enumerate(zip(model.tensors, planned, mix, strict=True)):
+    for tensor, plan, value in zip(model.tensors, planned, damage, strict=True):
         role = roles.setdefault(tensor.role, {"damage": 0.0, "bytes": 0})
         role["bytes"] += plan.bytes
-        if qtype is not None:
-            role["damage"] += float(cells[i, column[qtype.name]])
+        role["damage"] += float(value)
     return dict(sorted(roles.items(), key=lambda r: (-r[1]["damage"], -r[1]["bytes"], r[0])))
 
 

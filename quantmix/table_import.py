@@ -4,7 +4,8 @@ The tables have a row per type and a column per tensor: `QTYPE,blk.0.attn_k.weig
 KLD of the whole model with only that tensor at that type, `404` or empty an unmeasured one (the
 form of the GGUF Tool Suite's `kld_results.csv`). Runs of the same bench share a noise floor, the
 least cell of a row, which is taken off. A role's own KLD is the sum over its tensors, scaled up
-for cells that are missing: single tensors add up while damage is small.
+for cells that are missing: single tensors add up while damage is small. Rows of ternary types are
+left out: they wreck ordinary weights (thirty times the KLD of iq1_kt) and rank nothing.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from pathlib import Path
 
 from quantmix.errors import BadFile, UsageError
 from quantmix.ggml import types as ggml
-from quantmix.measurements import Measurements, Probe
+from quantmix.measurements import TABLE, Measurements, Probe
 from quantmix.models.model import Model, Tensor
 
-_UNMEASURED = ("404", "404.0", "")
+_UNMEASURED = 404.0
 
 
 def import_table(file: str | Path, model: Model) -> Measurements:
@@ -42,23 +43,23 @@ def import_table(file: str | Path, model: Model) -> Measurements:
     if not known:
         raise UsageError(f"{path} names no tensor of {model.id}: say the right --model")
     probes: list[Probe] = []
-    floors: list[float] = []
     for row in rows:
-        qtype = ggml.get(row["QTYPE"], "ik").name
+        qtype = ggml.get(row["QTYPE"] or "", "ik")
+        if qtype.family == "ternary":
+            continue
         cells = {c: _kld(path, c, row[c] or "") for c in known}
         measured = {c: v for c, v in cells.items() if v is not None}
         if not measured:
             continue
         floor = max(0.0, min(measured.values()))
-        floors.append(floor)
-        probes += _probes(model, free, measured, floor, qtype)
+        probes += _probes(model, free, measured, floor, qtype.name)
     if not probes:
-        raise BadFile(f"{path} holds no measured cell")
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        raise BadFile(f"{path} holds no measured cell of a type for ordinary weights")
+    digest = TABLE + hashlib.sha256(path.read_bytes()).hexdigest()[:24]
     return Measurements(
-        model=f"table:{digest[:24]}",
+        model=digest,
         model_name=model.id,
-        base=f"table:{digest[:24]}",
+        base=digest,
         engine="table of another tool",
         corpus="",
         imatrix=None,
@@ -66,7 +67,7 @@ def import_table(file: str | Path, model: Model) -> Measurements:
         chunks=0,
         tokens=0,
         ppl_base=0.0,
-        noise_floor=max(floors),
+        noise_floor=0.0,  # taken off already
         probes=tuple(probes),
     )
 
@@ -114,12 +115,14 @@ def _probe(
 
 def _kld(path: Path, column: str, text: str) -> float | None:
     """Read one cell; None when it was not measured."""
-    if text.strip() in _UNMEASURED:
+    if not text.strip():
         return None
     try:
         value = float(text)
     except ValueError:
         value = math.nan
+    if value == _UNMEASURED:
+        return None
     if not math.isfinite(value) or value < 0:
         raise BadFile(f"{path}: the cell of {column} is {text!r}, no KLD in nats")
     return value

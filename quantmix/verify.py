@@ -23,7 +23,7 @@ from quantmix.engine.scores import Scores
 from quantmix.errors import BadFile, QuantmixError, UsageError
 from quantmix.ggml.types import Engine
 from quantmix.ggml.weights import WeightsFile, open_weights
-from quantmix.loss.evidence import N_CTX
+from quantmix.loss.evidence import N_CTX, OTHER_BASE, base_ppl
 from quantmix.recipe import Recipe
 from quantmix.recipe import load as load_recipe
 from quantmix.store import Measurement, Store
@@ -106,14 +106,14 @@ class Target:
 def find_target(target: str | Path, recipe: str | Path | None = None) -> Target:
     """Resolve TARGET: a GGUF, or a recipe folder whose quantized file lies in it.
 
-    A GGUF without `recipe` takes the recipe.json beside it, when there is one.
+    Without `recipe` it is the recipe.json in the folder, or beside the GGUF when there is one.
 
     Raises:
         BadFile: nothing there.
     """
     path = Path(target)
     if path.is_dir() and (path / "recipe.json").exists():
-        loaded = load_recipe(path)
+        loaded = load_recipe(recipe or path)
         files = sorted(path.glob("*.gguf"))
         if not files:
             raise BadFile(
@@ -196,21 +196,37 @@ def verify(
         verified = Verified(weights, found, predicted, n_elements)
         store.add(_row(verified, base))
         if planned and logits_base:
-            try:
-                here = anchor.predict(
-                    planned,
-                    Path(corpus),
-                    Path(logits_base),
-                    chunks=found.chunks,
-                    n_ctx=n_ctx,
-                    threads=threads,
-                    on_event=on_event,
-                )
-                verified = replace(verified, kld_here=here)
-            except QuantmixError as err:
-                # What was measured stands, perhaps after hours; the caller reports the rest.
-                verified = replace(verified, kld_error=err)
+            verified = _with_kld(
+                verified, planned, Path(corpus), Path(logits_base), threads, on_event
+            )
     return verified
+
+
+def _with_kld(
+    verified: Verified,
+    planned: anchor.Plan,
+    corpus: Path,
+    logits_base: Path,
+    threads: int | None,
+    on_event: Emit | None,
+) -> Verified:
+    """Return `verified` with the KLD that probes predict for this text, or why there is none.
+
+    What was measured stands, perhaps after hours; the caller reports the error.
+    """
+    try:
+        here = anchor.predict(
+            planned,
+            corpus,
+            logits_base,
+            chunks=verified.evaluation.chunks,
+            n_ctx=verified.evaluation.n_ctx,
+            threads=threads,
+            on_event=on_event,
+        )
+    except QuantmixError as err:
+        return replace(verified, kld_error=err)
+    return replace(verified, kld_here=here)
 
 
 def _plan_anchor(
@@ -332,12 +348,14 @@ def _comparable(recipe: Recipe, found: Evaluation, whole_text: bool) -> bool:
     """Whether a measured perplexity is on the scale of the prediction.
 
     With a base it is. Without one only on the whole text that published perplexities are of, and
-    not where own probes of another text were the basis.
+    not where own probes or files of another text were the basis: their base is another.
     """
     if found.log_ratio is not None:
         return True
+    q, base = recipe.quality, base_ppl(recipe.model.id)
     published = found.corpus_sha256 == wikitext.SHA256 and found.n_ctx == N_CTX and whole_text
-    return published and recipe.quality.basis != "measured"
+    other = base and q.ppl_base and abs(math.log(q.ppl_base / base)) > OTHER_BASE
+    return published and q.basis != "measured" and not other
 
 
 def _row(verified: Verified, base: str | Path | None) -> Measurement:

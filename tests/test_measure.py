@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -66,6 +67,17 @@ def test_names_that_do_not_exist(model: Path) -> None:
         measure.groups_of(weights, "role", ["q4_K"], roles=["foo"])
     with pytest.raises(UnknownName, match="q4_K"):
         measure.groups_of(weights, "role", ["q4_k"])
+    with pytest.raises(UsageError, match="q8_1 cannot be measured"):
+        measure.groups_of(weights, "role", ["q8_1"])
+    with pytest.raises(UsageError, match="q8_1 cannot be measured"):
+        measure.tensor_errors(model, None, ["q4_K", "q8_1"])
+
+
+def test_what_is_named_twice_is_measured_once(model: Path) -> None:
+    """Types and roles of a list count once."""
+    weights = open_weights(model)
+    once = measure.groups_of(weights, "role", ["q4_K"], roles=["ffn_up"])
+    assert measure.groups_of(weights, "role", ["q4_K"] * 2, roles=["ffn_up"] * 2) == once
 
 
 def test_a_finished_probe_is_not_repeated(model: Path, words: Path, tmp_path: Path) -> None:
@@ -248,3 +260,38 @@ def test_files_round_trip_and_damage_is_named(tmp_path: Path) -> None:
         path.write_text(damaged)
         with pytest.raises(BadFile):
             measurements.load(path)
+
+
+@pytest.mark.parametrize(
+    ("where", "field", "value"),
+    [
+        ("probes", "ln_ratio", math.nan),
+        ("probes", "kld_err", "0.1"),
+        ("probes", "layers", [[1]]),
+        ("probes", "scope", "column"),
+        ("probes", "tokens", None),
+        ("errors", "err", math.inf),
+        ("errors", "tensor", ["t"]),
+        ("", "noise_floor", None),
+        ("", "ppl_base", "30"),
+        ("", "model_name", None),
+        ("", "around", ["t"]),
+        ("", "tokens", 10.5),
+    ],
+)
+def test_a_field_of_the_wrong_kind_is_named(
+    tmp_path: Path, where: str, field: str, value: object
+) -> None:
+    """Every field of a results file is checked when it is read, numbers for being finite too."""
+    path = tmp_path / "m.json"
+    probe = Probe("role", "ffn_up", (), "q4_K", 0.1, 0.01, 0.1, 0.02, 0.003, 10, 1.5)
+    errors = (TensorError("t", "q4_K", 0.1),)
+    measurements.save(
+        Measurements("m", "n", "b", "ik 1", "c", None, 512, 8, 2040, 30.5, 1e-7,
+                     probes=(probe,), errors=errors), path
+    )  # fmt: skip
+    doc = json.loads(path.read_text())
+    (doc[where][0] if where else doc)[field] = value
+    path.write_text(json.dumps(doc))
+    with pytest.raises(BadFile, match=f"is damaged: {field} is"):
+        measurements.load(path)

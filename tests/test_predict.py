@@ -112,6 +112,16 @@ def test_what_is_no_mix_is_refused(tmp_path: Path, r1: Model) -> None:
         predict.uniform(r1, "q9")
 
 
+def test_a_type_that_cannot_be_written_is_refused(tmp_path: Path, r1: Model) -> None:
+    """q8_1 is for activations: no rule and no uniform mix may ask for it."""
+    rules = tmp_path / "rules.txt"
+    rules.write_text("output=q8_1\n.*=q4_K\n")
+    with pytest.raises(UsageError, match="ik knows q8_1 but cannot write it"):
+        predict.read_mix(rules, r1)
+    with pytest.raises(UsageError, match="cannot write"):
+        predict.uniform(r1, "q8_1")
+
+
 def test_the_command_prints_one_json_document(capsys: pytest.CaptureFixture[str]) -> None:
     """`--json` gives size, quality, roles and unmatched, and nothing else on stdout."""
     from quantmix.cli.predict import predict as command

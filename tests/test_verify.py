@@ -82,6 +82,17 @@ def test_other_files_in_the_folder_are_passed_over(made: Any, tmp_path: Path) ->
     assert verify.find_target(folder).file == folder / "q.gguf"
 
 
+def test_a_recipe_that_is_named_comes_before_the_one_in_the_folder(
+    made: Any, tmp_path: Path
+) -> None:
+    """`--recipe` counts for a folder as it does for a file."""
+    other = tmp_path / "recipe.json"
+    other.write_text(json.dumps(replace(made[2], name="other").to_json()))
+    found = verify.find_target(made[1], other)
+    assert found.recipe is not None
+    assert found.recipe.name == "other"
+
+
 def test_the_measurement_is_stored(made: Any, tmp_path: Path) -> None:
     """The store gets a row keyed by model, mix, file, corpus and engine."""
     found = _verify(made, verify.find_target(made[1]), tmp_path, base=made[0])
@@ -173,6 +184,10 @@ def test_without_a_base_only_the_published_text_is_compared(made: Any, tmp_path:
     assert verify.predict(recipe, same, whole_text=False).holds is None
     probes = replace(recipe, quality=replace(tight, basis="measured"))
     assert verify.predict(probes, same).holds is None
+    for ppl_base, holds in ((18.61, False), (25.0, None)):  # published: 18.6076; own files: any
+        quality = replace(tight, basis="calibrated", ppl_base=ppl_base)
+        known = replace(recipe, model=replace(recipe.model, id="qwen3.5-0.8b"), quality=quality)
+        assert verify.predict(known, same).holds is holds
 
 
 def test_the_error_of_the_measurement_is_granted(made: Any, tmp_path: Path) -> None:

@@ -65,15 +65,13 @@ def measure(
     from quantmix import measure as work
     from quantmix.cli.progress import bar
     from quantmix.flag_texts import split_names
-    from quantmix.ggml.types import get
     from quantmix.ggml.weights import open_weights
     from quantmix.recipe import load
     from quantmix.texts import text
 
     scope = one_of("way to group tensors", by, work.SCOPES)
     asked, more = split_names(kinds), split_names(error_types)
-    for name in more:  # before hours of probes
-        get(name)
+    work.require_writable(more)  # before hours of probes
     groups = work.groups_of(
         open_weights(source),
         scope,

@@ -51,12 +51,12 @@ def load(
 def _same_model(model: Model, measured: Measurements, file: Path) -> None:
     """Refuse results of another model.
 
-    A GGUF is told by its fingerprint. A model of the catalog has none: its name must not be that of
-    another one, nor its roles of another size.
+    A GGUF is told by its fingerprint. A model of the catalog has none, and neither has a table of
+    another tool: the name must not be that of another model, nor its roles of another size.
     """
     path = Path(model.source)
     why = ""
-    if model.header_bytes is not None and path.exists():
+    if model.header_bytes is not None and path.exists() and not measured.is_table:
         from quantmix.ggml.weights import open_weights
 
         if open_weights(path).model_fingerprint != measured.model:

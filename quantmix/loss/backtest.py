@@ -21,6 +21,7 @@ import numpy as np
 from quantmix.loss import calibrate, cases, controls, evidence, prior, scores, trust
 from quantmix.loss.calibrate import Hyper, Row
 from quantmix.loss.outcome import Outcome, Pair
+from quantmix.models.catalog import catalog
 
 # Bands and comparisons count predictions with at least this many other mixes of the model known.
 ENOUGH: Final = 4
@@ -100,7 +101,7 @@ def _known(file: Path | None) -> tuple[list[evidence.Published], list[tuple[str,
     have = {(r.model, r.label, r.ppl) for r in rows}
     skipped = []
     for row in evidence.read_csv(file):
-        if row.model not in evidence.catalog_ids():
+        if row.model not in catalog():
             skipped.append((f"{row.model}: {row.label}", "the catalog has no such model"))
         elif row.corpus != evidence.CORPUS or row.n_ctx != evidence.N_CTX:
             skipped.append((f"{row.model}: {row.label}", "another corpus or context length"))

@@ -9,16 +9,15 @@ solver picks it for a number that does not exist (DESIGN §4.10).
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from importlib.resources import files
 from typing import Final
 
 import numpy as np
 
 from quantmix.ggml.types import ENGINES, GgmlType, table
+from quantmix.loss import shipped
 from quantmix.loss.model import FloatArray
 
 # Rounding of a float type against its bf16 source, relative to iq4_k: nothing in practice, but
@@ -53,11 +52,7 @@ def measured() -> dict[str, TypeGain]:
 
 
 def _by_type(file: str, column: str) -> dict[str, TypeGain]:
-    text = (files("quantmix.loss") / file).read_text(encoding="utf-8")
-    return {
-        r["type"]: TypeGain(float(r[column]), float(r["sd"]), True)
-        for r in csv.DictReader(text.splitlines())
-    }
+    return {r["type"]: TypeGain(float(r[column]), float(r["sd"]), True) for r in shipped.rows(file)}
 
 
 def own_name(qtype: GgmlType) -> str:

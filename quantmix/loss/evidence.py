@@ -12,7 +12,6 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from importlib.resources import files
 from pathlib import Path
 from typing import Final
 
@@ -20,19 +19,18 @@ import numpy as np
 
 from quantmix.errors import BadFile, QuantmixError, UsageError
 from quantmix.ggml.types import ENGINES, table
-from quantmix.loss import features, mixes, prior, response, solved
+from quantmix.loss import features, mixes, prior, response, shipped
 from quantmix.loss.calibrate import Hyper, Row, hyper, ln_scale_prior
 from quantmix.loss.model import FloatArray
-from quantmix.models.catalog import catalog, find
+from quantmix.models.catalog import find
 from quantmix.models.model import Model
-from quantmix.store import Measurement
 
 # The catalog knows these by geometry only: what was measured is another model's weights.
 _OTHER_WEIGHTS: Final = frozenset({"LLaMA-3.1-8B", "gemma-3-27b-it"})
 CORPUS = "wiki.test.raw"
 N_CTX = 512
 # A base that its author measured at q8_0 instead of bf16, or another build: ln units.
-_BASE_SD = 0.0005
+BASE_SD = 0.0005
 _NO_IMATRIX: Final = "made without an importance matrix, whose lack costs each model differently"
 # Perplexities are published to four decimals.
 _SAME_LN: Final = 1e-6
@@ -40,7 +38,7 @@ _SAME_LN: Final = 1e-6
 # off by more than the scale is (types, size), and runs differ.
 _UNKNOWN_FORM_SD, _UNKNOWN_BASE_SD = 0.3, 0.003
 # A measured base this far (ln) from the one that is used is of another text or build.
-_OTHER_BASE: Final = 0.02
+OTHER_BASE: Final = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +67,7 @@ class Bench:
 
     Attributes:
         ln_base, ln_base_sd: ln PPL of the unquantized model and how sure it is.
-        base_known: whether the base was published (else placed below the best row).
+        base_known: whether the base was measured (else `unknown_base`).
         rows: what was measured.
         skipped: (label, why) of rows that cannot be used.
     """
@@ -85,32 +83,38 @@ class Bench:
 @cache
 def published() -> tuple[Published, ...]:
     """Return the published measurements of the package."""
-    text = (files("quantmix.loss") / "published.csv").read_text(encoding="utf-8")
-    return tuple(parse_rows(csv.DictReader(text.splitlines())))
-
-
-@cache
-def catalog_ids() -> frozenset[str]:
-    """Return the ids of the catalog."""
-    return frozenset(catalog())
+    return tuple(parse_rows(shipped.rows("published.csv")))
 
 
 def read_csv(file: Path) -> list[Published]:
     """Return the rows of a CSV of measurements; models get their catalog id where they have one.
 
     Raises:
+        BadFile: it cannot be read, lacks a column, or a number in it is none.
+    """
+    raw = raw_rows(file)
+    try:
+        rows = parse_rows(raw)
+    except UsageError as err:
+        raise BadFile(f"{file}: {err}") from err
+    return [replace(r, model=catalog_id(r.model) or r.model) for r in rows]
+
+
+def raw_rows(file: Path) -> list[dict[str, str]]:
+    """Return the rows of a CSV of measurements as they are (columns as in docs/loss-model.md).
+
+    Raises:
         BadFile: it cannot be read, or lacks a column.
-        UsageError: a number in it is none.
     """
     try:
         with file.open(encoding="utf-8", newline="") as f:
             rows = list(csv.DictReader(f))
-    except (OSError, UnicodeDecodeError) as err:
+    except (OSError, UnicodeDecodeError, csv.Error) as err:
         raise BadFile(f"{file} cannot be read as a CSV of measurements: {err}") from err
     needed = {"model", "label", "ppl", "corpus", "n_ctx"}
     if not rows or not needed <= set(rows[0]):
         raise BadFile(f"{file} lacks measurement columns: it needs {', '.join(sorted(needed))}")
-    return [replace(r, model=catalog_id(r.model) or r.model) for r in parse_rows(rows)]
+    return rows
 
 
 def catalog_id(name: str) -> str | None:
@@ -127,7 +131,7 @@ def parse_rows(rows: Iterable[Mapping[str, str]]) -> list[Published]:
     """Read measurement rows (CSV columns as in docs/loss-model.md).
 
     Raises:
-        UsageError: a number is not a number, or the perplexity is missing.
+        UsageError: a number is not a positive number, or the perplexity is missing.
     """
     out = []
     for r in rows:
@@ -136,14 +140,14 @@ def parse_rows(rows: Iterable[Mapping[str, str]]) -> list[Published]:
             raise UsageError(f"measurement {r.get('label')!r} of {r.get('model')!r} has no ppl")
         out.append(
             Published(
-                model=r["model"],
-                label=r["label"],
+                model=r["model"] or "",
+                label=r["label"] or "",
                 ppl=ppl,
                 bpw=_number(r, "bpw"),
                 size_gib=_number(r, "size_gib"),
                 base_ppl=_number(r, "base_ppl_bf16_or_q8"),
-                corpus=r["corpus"],
-                n_ctx=int(r["n_ctx"] or 0),
+                corpus=r["corpus"] or "",
+                n_ctx=int(_number(r, "n_ctx") or 0),
                 mix=r.get("mix") or "",
                 source=r.get("source") or "",
                 imatrix=(r.get("imatrix") or "").strip().casefold() != "no",
@@ -154,21 +158,25 @@ def parse_rows(rows: Iterable[Mapping[str, str]]) -> list[Published]:
 
 def _number(row: Mapping[str, str], key: str) -> float | None:
     text = row.get(key) or ""
+    if not text:
+        return None
     try:
-        return float(text) if text else None
+        value = float(text)
     except ValueError:
-        raise UsageError(f"{key} {text!r} of {row.get('label')!r} is not a number") from None
+        value = math.nan
+    if not (math.isfinite(value) and value > 0.0):
+        raise UsageError(f"{key} {text!r} of {row.get('label')!r} is not a positive number")
+    return value
 
 
-def base_ppl(model: Model) -> float | None:
-    """Return the perplexity of the unquantized model on wiki.test.raw at 512, None if unknown."""
-    return _bases().get(model.id)
+def base_ppl(model_id: str) -> float | None:
+    """Return the perplexity of an unquantized model on wiki.test.raw at 512, None if unknown."""
+    return _bases().get(model_id)
 
 
 @cache
 def _bases() -> dict[str, float]:
-    text = (files("quantmix.loss") / "base_ppl.csv").read_text(encoding="utf-8")
-    return {r["model"]: float(r["ppl"]) for r in csv.DictReader(text.splitlines())}
+    return {r["model"]: float(r["ppl"]) for r in shipped.rows("base_ppl.csv")}
 
 
 def of_model(model: Model, measured: Sequence[Published] | None = None) -> list[Published]:
@@ -213,7 +221,7 @@ def bench(
     h = h or hyper()
     sizes_too = sizes_too and model.hparams.is_moe and not any(t.exact_type for t in model.tensors)
     bases = sorted({p.base_ppl for p in measured if p.base_ppl})
-    known = base_ppl(model) or (bases[0] if bases else None)
+    known = base_ppl(model.id) or (bases[0] if bases else None)
     rows, skipped = [], []
     seen: set[tuple[float, bytes]] = set()
     for p in measured:
@@ -231,10 +239,10 @@ def bench(
         seen.add(key)
         rows.append(row)
     if known is not None:
-        return Bench(model.id, float(np.log(known)), _BASE_SD, True, tuple(rows), tuple(skipped))
+        return Bench(model.id, float(np.log(known)), BASE_SD, True, tuple(rows), tuple(skipped))
     if not rows:
         # Nothing is measured against it: only the ratio is predicted, and a base cancels there.
-        return Bench(model.id, 0.0, _BASE_SD, False, (), tuple(skipped))
+        return Bench(model.id, 0.0, BASE_SD, False, (), tuple(skipped))
     ln_base, sd = unknown_base(model, rows, h)
     return Bench(model.id, ln_base, sd, False, tuple(rows), tuple(skipped))
 
@@ -265,68 +273,13 @@ def _is_base(row: Row, base: float) -> bool:
     return row.exact and not lossy and abs(row.ln_ppl - float(np.log(base))) < _SAME_LN
 
 
-def own_bench(model: Model, share: FloatArray, measured: Sequence[Measurement]) -> Bench | None:
-    """Return the bench of one's own measurements of `model` (rows of the store), None if empty.
-
-    Rows count that were measured against a base (they have `ln_ratio`) and name their types. Of
-    the groups measured alike (text, context, chunks, engine, KV types, base) the one that tells
-    most is used: groups are never mixed, nor with published rows. Of a mix measured twice the mean
-    counts. Files made without an importance matrix are left out, as published ones are.
-    """
-    groups: dict[tuple[object, ...], list[Measurement]] = {}
-    skipped = []
-    for m in measured:
-        if m.ln_ratio is None or not m.types:
-            continue
-        if m.imatrix == 0 and _needs_imatrix(model, share, _own_types(model, m)):
-            skipped.append((m.file, _NO_IMATRIX))
-            continue
-        alike = (m.corpus, m.n_ctx, m.chunks, m.engine, m.build, m.ctk, m.ctv, m.base)
-        groups.setdefault(alike, []).append(m)
-    if not groups:
-        return None
-    row_sd = hyper().row_sd
-    chosen = max(groups.values(), key=lambda g: _information(g, row_sd))
-    by_mix: dict[str, list[Measurement]] = {}
-    for m in chosen:
-        by_mix.setdefault(m.mix, []).append(m)
-    ln_base = float(np.mean([np.log(m.ppl) - (m.ln_ratio or 0.0) for m in chosen]))
-    rows = []
-    for same in by_mix.values():
-        types = _own_types(model, same[0])
-        tilted = solved.shares(model, share, types, hyper().solved)
-        w = features.of_types(model, tilted, types, imatrix=same[0].imatrix != 0)
-        ratio = float(np.mean([m.ln_ratio or 0.0 for m in same]))
-        # Runs over the same text share its tokens: repeating one tells no more.
-        sd = min(m.ln_ratio_err or 0.0 for m in same)
-        rows.append(Row(same[-1].file, w, ln_base + ratio, same[0].bpw, sd=sd))
-    return Bench(model.id, ln_base, _BASE_SD, True, tuple(rows), tuple(skipped))
-
-
-def _information(group: Sequence[Measurement], row_sd: float) -> float:
-    """Return the summed precision of the ln ratios of a group's mixes."""
-    by_mix = {m.mix: m.ln_ratio_err or 0.0 for m in group}
-    return sum(1.0 / (row_sd**2 + err**2) for err in by_mix.values())
-
-
-def _needs_imatrix(model: Model, share: FloatArray, types: Sequence[str | None]) -> bool:
-    """Whether some type of a mix would do less damage with an importance matrix."""
-    w = features.of_types(model, share, types, imatrix=False)
-    return bool((w.sum(axis=0) * (features.without_imatrix() - 1.0)).any())
-
-
-def _own_types(model: Model, m: Measurement) -> list[str | None]:
-    names = (m.types.get(t.name) if t.quantizable and t.loaded else None for t in model.tensors)
-    return [mixes.curve_name(n) if n else None for n in names]
-
-
 def _row(
     model: Model, share: FloatArray, p: Published, sizes_too: bool, h: Hyper, base: float | None
 ) -> tuple[Row | None, str]:
     bpw = _bits(model, p)
     # Measured next to another run of the base: what counts is the ratio.
     moved = 0.0 if p.base_ppl is None or base is None else math.log(base / p.base_ppl)
-    if abs(moved) > _OTHER_BASE:
+    if abs(moved) > OTHER_BASE:
         return None, f"compared with a base of {p.base_ppl:g} where others have {base:g}"
     ln_ppl = math.log(p.ppl) + moved
     if p.mix:
@@ -337,7 +290,7 @@ def _row(
                 return None, str(err)
         else:
             w = features.of_fractions(model, share, chances)
-            if not p.imatrix and (w.sum(axis=0) * (features.without_imatrix() - 1.0)).any():
+            if not p.imatrix and needs_imatrix(w):
                 return None, _NO_IMATRIX
             return Row(p.label, w, ln_ppl, bits_of(model, chances)), ""
     if not sizes_too:
@@ -347,6 +300,11 @@ def _row(
     if bpw is None:
         return None, "neither its mix nor its size is published"
     return Row(p.label, typical(bpw, h), ln_ppl, bpw, exact=False), ""
+
+
+def needs_imatrix(w: FloatArray) -> bool:
+    """Whether some type of a mix, features `w`, would do less damage with an importance matrix."""
+    return bool((w.sum(axis=0) * (features.without_imatrix() - 1.0)).any())
 
 
 def typical(bpw: float, h: Hyper) -> FloatArray:

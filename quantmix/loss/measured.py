@@ -18,7 +18,7 @@ import numpy as np
 from quantmix.errors import UsageError
 from quantmix.ggml.types import GgmlType, table
 from quantmix.loss import calibrate, curve, features, prior, response, role_damage, trust
-from quantmix.loss.model import FloatArray
+from quantmix.loss.model import FloatArray, mix_damage, total
 from quantmix.loss.quality import Quality
 from quantmix.loss.role_damage import RoleDamage
 from quantmix.measurements import Measurements, Probe
@@ -50,7 +50,7 @@ class MeasuredModel:
         roles: fitted damage by role.
         part: what a tensor takes of its role's KLD, shape (n_tensors,); sums to one per role.
         scale: nats at iq4_k per unit of prior share, for roles that were not measured.
-        ppl_base: perplexity of the unquantized model on the measured text.
+        ppl_base: perplexity of the unquantized model on the measured text, None where unknown.
         ppl_per_nat: ln(PPL/base) per nat of KLD, from the probes.
         imatrix, measured_imatrix: whether the file, and the probes, are made with one.
     """
@@ -59,7 +59,7 @@ class MeasuredModel:
     part: FloatArray
     share: FloatArray
     scale: float
-    ppl_base: float
+    ppl_base: float | None
     ppl_per_nat: float = _PPL_PER_NAT
     basis: str = "measured"
     imatrix: bool = True
@@ -97,10 +97,11 @@ class MeasuredModel:
             _parts(model, share, measured),
             share,
             scale,
-            measured.ppl_base,
+            measured.ppl_base if measured.ppl_base > 0.0 else None,
             min(max(rise / kld, 0.5), 1.5),
             imatrix=imatrix,
-            measured_imatrix=measured.imatrix is not None,
+            # A table does not say: unknown counts as used, as for published perplexities.
+            measured_imatrix=measured.imatrix is not None or measured.is_table,
         )
 
     def damage(self, model: Model, types: Sequence[GgmlType]) -> FloatArray:
@@ -130,12 +131,8 @@ class MeasuredModel:
 
     def quality(self, model: Model, mix: Sequence[GgmlType | None]) -> Quality:
         """Predict the whole mix; see `LossModel.quality`."""
-        from quantmix.loss.predictor import mix_damage
-
         cells = mix_damage(self, model, mix)
-        damage = 0.0
-        for value in cells:
-            damage += float(value)
+        damage = total(cells)
         kld = self.kld(damage)
         rise = self.ppl_per_nat * kld
         relative = math.hypot(
@@ -146,20 +143,21 @@ class MeasuredModel:
         reach = min(_QUANTILE * relative, 20.0)
         low = rise * math.exp(-reach)
         high = rise * math.exp(reach)
+        base = self.ppl_base
         low, rise, high = trust.printed(
             (low, rise, high),
             bpw=trust.weights_bpw(model, mix),
             damage=damage,
             n_vocab=model.hparams.n_vocab,
-            ln_base=math.log(self.ppl_base),
+            ln_base=math.log(base or 1.0),
         )
         return Quality(
             damage=damage,
             ln_ppl_ratio=rise,
-            ppl=self.ppl_base * math.exp(rise),
-            ppl_low=self.ppl_base * math.exp(low),
-            ppl_high=self.ppl_base * math.exp(high),
-            ppl_base=self.ppl_base,
+            ppl=base and base * math.exp(rise),
+            ppl_low=base and base * math.exp(low),
+            ppl_high=base and base * math.exp(high),
+            ppl_base=base,
             basis=self.basis,
             warnings=(
                 *trust.warnings(model, mix, damage, self),

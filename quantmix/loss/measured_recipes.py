@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import tarfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,13 +40,13 @@ def read(source: Path) -> tuple[list[MeasuredRecipe], list[tuple[str, str]]]:
     """Return the recipes of a folder or .tar.gz, and (id, why) of those that cannot be used.
 
     Raises:
-        BadFile: there is no such folder or archive.
+        BadFile: there is no such folder or archive, or it is damaged.
     """
     recipes, skipped = [], []
     models: dict[str, Model] = {}
     for name, text in sorted(_files(source)):
         match = _NAME.match(name)
-        if match is None:
+        if match is None or float(match["ppl"]) <= 1.0:
             skipped.append((name, "its name carries no measured ppl"))
             continue
         if _BAD_MARK in text.lower():
@@ -77,6 +78,18 @@ def _recipe(name: str, model: Model, ppl: float, text: str) -> MeasuredRecipe:
 
 
 def _files(source: Path) -> Iterator[tuple[str, str]]:
+    """Yield name and text of the recipes of a folder or .tar.gz.
+
+    Raises:
+        BadFile: neither is there, or it is damaged.
+    """
+    try:
+        yield from _read(source)
+    except (OSError, EOFError, tarfile.TarError, zlib.error) as err:
+        raise BadFile(f"{source} is damaged or cannot be read: {err}") from err
+
+
+def _read(source: Path) -> Iterator[tuple[str, str]]:
     if source.is_dir():
         for file in source.rglob("*.recipe*"):
             if file.is_file():

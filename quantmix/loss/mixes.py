@@ -20,6 +20,7 @@ from quantmix.models.model import Model, Tensor
 
 _KEY: Final = re.compile(r"^([a-z0-9_.]+)(?:\[([\d ,+-]+)\])?$")
 _PART: Final = re.compile(r"^([A-Za-z0-9_]+)(?:\*(\d+)|\[([\d ,+-]+)\])?$")
+_SPAN: Final = re.compile(r"^(\d{1,4})(?:-(\d{1,4}))?$")
 _FLOATS: Final = frozenset({"f32", "f16", "bf16"})
 
 _MAY_BE_OPEN: Final = 0.25
@@ -155,8 +156,11 @@ def curve_name(text: str) -> str:
 
 
 def _layers(text: str) -> frozenset[int]:
+    """Return the layers of a list like `0-3,7`."""
     out: set[int] = set()
     for piece in re.split(r"[ ,+]+", text.strip()):
-        first, _, last = piece.partition("-")
-        out.update(range(int(first), int(last or first) + 1))
+        match = _SPAN.match(piece)
+        if match is None or int(match[2] or match[1]) < int(match[1]):
+            raise UsageError(f"[{text}] names no layers: write [3], [3-8] or [0-3,7]")
+        out.update(range(int(match[1]), int(match[2] or match[1]) + 1))
     return frozenset(out)

@@ -35,3 +35,19 @@ class LossModel(Protocol):
     def quality(self, model: Model, mix: Sequence[GgmlType | None]) -> Quality:
         """Predict the whole mix: one type per tensor of the model, None = kept as in the source."""
         ...
+
+
+def mix_damage(loss: LossModel, model: Model, mix: Sequence[GgmlType | None]) -> FloatArray:
+    """Return the damage of each tensor in a mix in nats, shape (n_tensors,)."""
+    types = {t.name: t for t in mix if t is not None}
+    cells = loss.damage(model, list(types.values()))
+    column = {name: j for j, name in enumerate(types)}
+    return np.array([0.0 if t is None else cells[i, column[t.name]] for i, t in enumerate(mix)])
+
+
+def total(damage: FloatArray) -> float:
+    """Return the damage of a mix in nats: tensors added in file order, the same digits anywhere."""
+    added = 0.0
+    for value in damage:
+        added += float(value)
+    return added

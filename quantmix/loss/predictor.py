@@ -21,17 +21,16 @@ from quantmix.loss import (
     evidence,
     features,
     order,
+    own_files,
     prior,
     response,
     solved,
     trust,
 )
-from quantmix.loss.model import FloatArray, LossModel
+from quantmix.loss.model import FloatArray, mix_damage, total
 from quantmix.loss.quality import Quality
 from quantmix.models.model import Model
 from quantmix.store import Measurement
-
-_ENOUGH_OWN = 3
 
 
 @dataclass(frozen=True)
@@ -71,10 +70,10 @@ class FittedModel:
     def of_own(
         cls, model: Model, measured: Sequence[Measurement], *, imatrix: bool = True
     ) -> FittedModel | None:
-        """Fit on one's own measured files; None when they are fewer than three mixes."""
+        """Fit on one's own measured files; None when no three mixes were measured alike."""
         share = prior.shares(model)
-        bench = evidence.own_bench(model, share, measured)
-        if bench is None or len(bench.rows) < _ENOUGH_OWN:
+        bench = own_files.bench(model, share, measured)
+        if bench is None:
             return None
         return replace(cls.on_bench(model, share, bench, imatrix=imatrix), own=True)
 
@@ -114,10 +113,7 @@ class FittedModel:
 
     def quality(self, model: Model, mix: Sequence[GgmlType | None]) -> Quality:
         """Predict the whole mix; see `LossModel.quality`."""
-        cells = mix_damage(self, model, mix)
-        damage = 0.0
-        for value in cells:
-            damage += float(value)
+        damage = total(mix_damage(self, model, mix))
         h = calibrate.hyper()
         w = features.of_types(model, self.share, mix, imatrix=self.imatrix)
         p = self.of_features(w)
@@ -186,14 +182,3 @@ class FittedModel:
         grown = p.rise / p.damage - 1.0
         spread *= (1.0 + (1.0 + calibrate.hyper().power) * grown) / (1.0 + grown)
         return replace(p, relative=float(np.hypot(p.relative, spread)))
-
-
-def mix_damage(loss: LossModel, model: Model, mix: Sequence[GgmlType | None]) -> FloatArray:
-    """Return the damage of each tensor in a mix, shape (n_tensors,)."""
-    types = {t.name: t for t in mix if t is not None}
-    names = sorted(types)
-    if not names:
-        return np.zeros(len(model.tensors))
-    cells = loss.damage(model, [types[n] for n in names])
-    column = {n: j for j, n in enumerate(names)}
-    return np.array([0.0 if t is None else cells[i, column[t.name]] for i, t in enumerate(mix)])

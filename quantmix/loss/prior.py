@@ -9,15 +9,14 @@ holds S and the shapes, fitted by `python -m quantmix.loss.fit` from per-tensor 
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
-from importlib.resources import files
 from typing import Final
 
 import numpy as np
 
+from quantmix.loss import shipped
 from quantmix.loss.model import FloatArray
 from quantmix.models.model import Model, Tensor
 
@@ -57,7 +56,6 @@ class Sensitivity:
 
 @cache
 def _table() -> dict[tuple[str, str], Sensitivity]:
-    text = (files("quantmix.loss") / "sensitivity.csv").read_text(encoding="utf-8")
     return {
         (r["family"], r["role"]): Sensitivity(
             float(r["share"]),
@@ -66,7 +64,7 @@ def _table() -> dict[tuple[str, str], Sensitivity]:
             float(r["first"]),
             float(r["last"]),
         )
-        for r in csv.DictReader(text.splitlines())
+        for r in shipped.rows("sensitivity.csv")
     }
 
 

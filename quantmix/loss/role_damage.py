@@ -40,6 +40,9 @@ _LN_TEXT_SD = 0.25
 # Scatter of probed types about the fit, in ln KLD (same roles: 0.04).
 _FIT_LN_SD = 0.05
 _PIVOT = 0.01
+# Weighted error at iq4_k, by which a probe that does not say its own is placed on the type curve:
+# error over gain is 0.0026 to 0.0036 (median 0.0034) for ten types, ffn_up of the same model.
+_IQ4_K_ERROR = 0.0034
 _BELOW_STEEPER = 1.15
 # A probe at four times a type's error still shows some of the floor that decides there.
 _FLOOR_SHOWS = 0.25
@@ -53,8 +56,8 @@ class RoleDamage:
     Attributes:
         ln_slope, power: a and p.
         coarse, fine: f in nats, activations in blocks of 256 and of 32.
-        errors: weighted error by type, for types where it is known.
-        offsets: by probed type, what is added to the fitted ln KLD.
+        errors: weighted error by type (`curve.weights_name`), for types where it is known.
+        offsets: likewise by probed type, what is added to the fitted ln KLD.
         worst_error: the largest error that was probed.
         probed: errors of the types that were probed.
         relative_sd: mean relative noise of the probes.
@@ -81,11 +84,10 @@ class RoleDamage:
         gain = curve.gain_of(name).gain
         if gain <= 0.0:
             return 0.0
-        types = _types()
         knots = sorted(
             (math.log(g), math.log(e))
             for n, e in self.errors.items()
-            if (g := curve.gain(types[n]).gain) > 0.0
+            if (g := curve.gain_of(n).gain) > 0.0
         )
         x = np.array([k[0] for k in knots])
         y = np.maximum.accumulate(np.array([k[1] for k in knots]))
@@ -147,13 +149,13 @@ def fit(
     for k, role in enumerate(roles):
         slope, power, coarse, fine = theta[4 * k : 4 * k + 4]
         mine = [(r, y) for r, y in zip(rows, fitted, strict=True) if r.role == role]
-        errors = {r.probe.type: r.error for r, _ in mine}
+        errors = {r.type: r.error for r, _ in mine}
         offsets: dict[str, tuple[float, float]] = {}
         for r, ln in mine:
             sure = _FIT_LN_SD**2 / (_FIT_LN_SD**2 + r.noise**2)
-            best = offsets.get(r.probe.type)
+            best = offsets.get(r.type)
             if best is None or sure > best[1]:
-                offsets[r.probe.type] = (sure * (r.ln_kld - ln), sure)
+                offsets[r.type] = (sure * (r.ln_kld - ln), sure)
         found[role] = RoleDamage(
             ln_slope=float(slope),
             power=float(power),
@@ -170,10 +172,10 @@ def fit(
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """A probe as the fit sees it; `noise` is relative."""
+    """A probe as the fit sees it; `type` is that of its weights, `noise` is relative."""
 
     role: str
-    probe: Probe
+    type: str
     error: float
     ln_kld: float
     noise: float
@@ -186,13 +188,19 @@ def _rows(by_role: Mapping[str, Sequence[Probe]], measured: Measurements) -> lis
     rows = []
     for role, probes in by_role.items():
         for p in probes:
-            if p.type not in types or curve.gain(types[p.type]).gain <= 0.0:
+            if p.type not in types:
+                continue
+            weights = curve.weights_name(types[p.type])
+            gain = curve.gain_of(weights).gain
+            if gain <= 0.0:
                 continue
             kld = max(p.kld - measured.noise_floor, 0.1 * p.kld, 1e-9)
             noise = min(max(p.kld_err, _TINY) / kld, 1.0)
             fine = p.type in FINE_ACTIVATIONS
             tokens = p.tokens or measured.tokens
-            rows.append(_Row(role, p, max(p.err, _TINY), math.log(kld), noise, fine, tokens))
+            error = p.err if p.err > 0.0 else _IQ4_K_ERROR * gain
+            error = max(error, _TINY)
+            rows.append(_Row(role, weights, error, math.log(kld), noise, fine, tokens))
     return rows
 
 
@@ -255,18 +263,20 @@ def _other_errors(
     where the file has it, else it counts as it is.
     """
     members = {t.name for t in model.tensors if t.role == role}
+    types = _types()
     by_type: dict[str, dict[str, float]] = {}
     for e in measured.errors:
-        if e.tensor in members:
-            by_type.setdefault(e.type, {})[e.tensor] = e.err
+        if e.tensor in members and e.type in types:
+            by_type.setdefault(curve.weights_name(types[e.type]), {})[e.tensor] = e.err
     found = {}
     for name, mine in by_type.items():
-        if name in known or name not in _types():
+        if name in known:
             continue
         ratios = [
-            known[other] / np.mean([theirs[t] for t in mine])
+            known[other] / mean
             for other, theirs in by_type.items()
             if other in known and mine.keys() <= theirs.keys()
+            if (mean := float(np.mean([theirs[t] for t in mine]))) > 0.0
         ]
         scale = float(np.median(ratios)) if ratios else 1.0
         found[name] = max(scale * float(np.mean(list(mine.values()))), _TINY)

@@ -49,14 +49,6 @@ def _summary(errors: FloatArray, here: Sequence[Outcome]) -> dict[str, float | N
     }
 
 
-def coverage_interval(n: int, level: float = 0.9) -> tuple[float, float]:
-    """Return the 95 % binomial range of the share covered, were each covered with `level`."""
-    from scipy.stats import binom
-
-    low, high = binom.ppf([0.025, 0.975], n, level)
-    return float(low / n), float(high / n)
-
-
 def median_gain(outcomes: Sequence[Outcome], guess: Guess) -> list[dict[str, Any]]:
     """Return by band the median error of the control minus ours, with its bootstrap 95 % interval.
 

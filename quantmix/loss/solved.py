@@ -7,12 +7,13 @@ from layer to layer, up and down and by no rule, where a mix made by class (or b
 from a smooth prior) changes a few times over the whole depth. With v the deviation of ln gain from
 its own smooth course over depth, the share of a tensor is taken as
 
-    s' = s · exp(−ρ tanh v), the total of the role unchanged                                (4)
+    s' = s · exp(−ρ f tanh v), the total of the role unchanged                              (4)
 
-which is what one expects of a share whose unknown part varies along with v (a regression; 0 for
-types drawn at random, 1 for a solver with perfect knowledge); tanh since what a shape over depth
-does not know of a tensor is no factor of ten. ρ is fitted over models, on recipes predicted from
-other people's mixes (params.json: `solved`).
+with f from 0 to 1 as such changes grow beyond doubt (`chosen`). It is what one expects of a share
+whose unknown part varies along with v (a regression; ρ would be 0 for types drawn at random, 1 for
+a solver with perfect knowledge); tanh since what a shape over depth does not know of a tensor is no
+factor of ten. ρ is fitted over models, on recipes predicted from other people's mixes (params.json:
+`solved`).
 """
 
 from __future__ import annotations

@@ -21,7 +21,6 @@ from pathlib import Path
 import numpy as np
 
 from quantmix.loss import backtest, calibrate, cases, evidence, features, mixes, prior
-from quantmix.loss.fit import tables
 from quantmix.loss.model import FloatArray
 from quantmix.loss.predictor import FittedModel
 from quantmix.models.sources import load_model
@@ -35,7 +34,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--measurements", type=Path, required=True)
     sweeps: dict[str, list[dict[str, str]]] = defaultdict(list)
-    for row in tables.read_measurements(parser.parse_args().measurements):
+    for row in evidence.raw_rows(parser.parse_args().measurements):
         model = evidence.catalog_id(row["model"])
         if model and "group0" in row["label"] and row["base_ppl_bf16_or_q8"]:
             sweeps[model].append(row)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
+import random
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -127,6 +130,7 @@ def test_recipes_with_their_ppl_in_the_name(tmp_path: Path) -> None:
     name = "DeepSeek-R1-0528.THIREUS-2.5bpw-{}ppl.1GB-GGUF.abc.recipe"
     (tmp_path / name.format("3.6001")).write_text(body)
     (tmp_path / name.format("3.7001")).write_text("# incorrect ppl!\n" + body)
+    (tmp_path / name.format("0.0")).write_text(body)
     (tmp_path / "Other.recipe").write_text(body)
     (tmp_path / "Nobody.ME-2.5bpw-3.6ppl.recipe").write_text(body)
     (tmp_path / name.format("3.8001")).write_text("output=q8_0\n")
@@ -136,9 +140,21 @@ def test_recipes_with_their_ppl_in_the_name(tmp_path: Path) -> None:
     types = dict(zip([t.name for t in model.tensors], recipes[0].types, strict=True))
     assert types["blk.5.ffn_down_exps.weight"] == "iq2_ks"
     assert types["blk.5.attn_norm.weight"] is None
-    assert len(skipped) == 4
+    assert len(skipped) == 5
     with pytest.raises(BadFile):
         measured_recipes.read(tmp_path / "nowhere")
+
+
+def test_a_damaged_archive_of_recipes_is_named(tmp_path: Path) -> None:
+    """A .tar.gz whose download was cut is a bad file."""
+    whole = tmp_path / "recipes.tar.gz"
+    with tarfile.open(whole, "w:gz") as tar:
+        info = tarfile.TarInfo("DeepSeek-R1.ME-2.5bpw-3.6ppl.recipe")
+        info.size = 100_000
+        tar.addfile(info, io.BytesIO(random.Random(0).randbytes(info.size)))
+    whole.write_bytes(whole.read_bytes()[:50_000])
+    with pytest.raises(BadFile, match=r"recipes\.tar\.gz is damaged"):
+        measured_recipes.read(whole)
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from quantmix.errors import BadFile, UsageError
+from quantmix.errors import BadFile
 from quantmix.ggml.types import get
 from quantmix.loss import evidence, features, load, prior
 from quantmix.loss.predictor import FittedModel
@@ -32,9 +32,9 @@ def test_every_published_row_has_a_source_a_catalog_model_and_the_one_bench() ->
 
 def test_bases_of_the_two_r1_are_the_published_ones() -> None:
     """The unquantized perplexities that the field quotes."""
-    assert evidence.base_ppl(catalog_model("deepseek-r1")) == 3.3490
-    assert evidence.base_ppl(catalog_model("deepseek-r1-0528")) == 3.2130
-    assert evidence.base_ppl(catalog_model("gemma-3-27b-it")) is None
+    assert evidence.base_ppl("deepseek-r1") == 3.3490
+    assert evidence.base_ppl("deepseek-r1-0528") == 3.2130
+    assert evidence.base_ppl("gemma-3-27b-it") is None
 
 
 def test_no_measured_mix_of_r1_is_silently_dropped() -> None:
@@ -159,6 +159,18 @@ def test_more_files_of_little_text_do_not_replace_few_of_much(small: Model) -> N
     assert _rise(small, [*much, *little], "iq4_xs") == _rise(small, much, "iq4_xs")
 
 
+def test_two_sure_files_do_not_hide_three(small: Model) -> None:
+    """Only groups of three mixes compete; the base measured against itself is no mix."""
+    three = [
+        replace(_own(small, n, r), ln_ratio_err=0.004)
+        for n, r in (("q6_K", 0.01), ("iq4_k", 0.09), ("iq3_k", 0.5))
+    ]
+    sure = [replace(r, corpus="sure", ln_ratio_err=1e-4) for r in three[:2]]
+    assert _rise(small, [*sure, *three], "iq4_xs") == _rise(small, three, "iq4_xs")
+    base = replace(_own(small, "bf16", 0.0), corpus="sure", ln_ratio_err=0.0)
+    assert _rise(small, [*sure, base], "iq4_xs") == _rise(small, [], "iq4_xs")
+
+
 def test_own_files_made_without_a_matrix_do_not_calibrate(small: Model) -> None:
     """They would count the missing matrix twice."""
     rows = [_own(small, n, r) for n, r in (("q4_K", 0.2), ("iq4_xs", 0.3), ("q3_K", 2.0))]
@@ -191,7 +203,7 @@ def test_rows_are_compared_with_their_own_base() -> None:
     """Another run of the base moves a row with it; another text is no evidence and says so."""
     model = catalog_model("llama-3-8b")
     rows = [r for r in evidence.of_model(model) if r.mix and r.imatrix][:6]
-    base = evidence.base_ppl(model)
+    base = evidence.base_ppl(model.id)
     assert base is not None
     share = prior.shares(model)
     plain = evidence.bench(model, share, [replace(r, base_ppl=base) for r in rows])
@@ -219,10 +231,42 @@ def test_a_csv_of_other_measurements(tmp_path: Path) -> None:
     row = evidence.read_csv(file)[0]
     assert (row.model, row.ppl, row.mix) == ("deepseek-r1", 3.4, "all=q4_K")
     file.write_text(head + "DeepSeek-R1,mine,4.5,x,wiki.test.raw,512,\n")
-    with pytest.raises(UsageError, match="not a number"):
+    with pytest.raises(BadFile, match=r"m\.csv: ppl 'x' of 'mine' is not a positive number"):
         evidence.read_csv(file)
     file.write_text("a,b\n1,2\n")
     with pytest.raises(BadFile, match="columns"):
         evidence.read_csv(file)
     with pytest.raises(BadFile, match="cannot be read"):
         evidence.read_csv(tmp_path / "none.csv")
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("ppl", "nan"),
+        ("ppl", "inf"),
+        ("bpw", "-4"),
+        ("n_ctx", "many"),
+        ("base_ppl_bf16_or_q8", "0"),
+    ],
+)
+def test_what_is_no_positive_number_is_named(tmp_path: Path, column: str, value: str) -> None:
+    """A number that is none, not finite or not above zero is a bad file, in every column."""
+    row = {"model": "DeepSeek-R1", "label": "mine", "bpw": "4.5", "ppl": "3.4",
+           "corpus": "wiki.test.raw", "n_ctx": "512", "base_ppl_bf16_or_q8": "3.2"}  # fmt: skip
+    row[column] = value
+    file = tmp_path / "m.csv"
+    file.write_text(",".join(row) + "\n" + ",".join(row.values()) + "\n")
+    with pytest.raises(BadFile, match=f"{column} '{value}' of 'mine'"):
+        evidence.read_csv(file)
+
+
+def test_a_csv_that_is_none_is_a_bad_file(tmp_path: Path) -> None:
+    """A field longer than the reader takes, or a line cut short, is no traceback."""
+    file = tmp_path / "m.csv"
+    head = "ppl,label,n_ctx,corpus,model\n"
+    file.write_text(head + "3.4," + "x" * 200_000 + "\n")
+    with pytest.raises(BadFile, match="cannot be read"):
+        evidence.read_csv(file)
+    file.write_text(head + "3.4,mine\n")
+    assert evidence.read_csv(file)[0].model == ""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import math
 import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -216,14 +218,24 @@ def test_shapes_over_depth_are_shrunk_towards_flat() -> None:
     assert 0.5 < steep.slope < 1.0
 
 
-def test_tables_need_a_folder_and_columns(tmp_path: Path) -> None:
-    """Missing inputs are named."""
+def test_tables_need_a_folder(tmp_path: Path) -> None:
+    """A missing folder is named."""
     with pytest.raises(BadFile, match="no model folders"):
         tables.ppl_tables(tmp_path / "none")
-    file = tmp_path / "m.csv"
-    file.write_text("a,b\n")
-    with pytest.raises(BadFile, match="columns"):
-        tables.read_measurements(file)
+
+
+@pytest.mark.parametrize("module", ["quantmix.loss.fit", "quantmix.loss.fit.by_size"])
+def test_the_commands_end_with_one_line(module: str, tmp_path: Path) -> None:
+    """A missing table is one line on stderr and exit code 2."""
+    arguments = ["--measurements", str(tmp_path / "none.csv")]
+    if module == "quantmix.loss.fit":
+        arguments += ["--tables", str(tmp_path), "--out", str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, "-m", module, *arguments], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert "none.csv cannot be read" in done.stderr
 
 
 def test_curation_keeps_one_bench_and_current_code() -> None:

@@ -70,6 +70,14 @@ def test_what_is_no_complete_mix_is_refused(text: str, r1: Model) -> None:
         mixes.resolve(r1, text)
 
 
+@pytest.mark.parametrize("layers", ["-3", "3-", " ", "5-3", "1-2-3", ",", "0-99999999999"])
+def test_layers_that_are_none_are_named(layers: str, small: Model) -> None:
+    """A list of layers that is empty, open or turned round is a usage error that quotes it."""
+    for text in (f"attn[{layers}]=q8_0;rest=q4_K", f"attn=q8_0[{layers}]+q6_K;rest=q4_K"):
+        with pytest.raises(UsageError, match=rf"\[{layers}\] names no layers"):
+            mixes.resolve(small, text)
+
+
 @given(st.text(max_size=40))
 def test_any_text_is_a_mix_or_a_usage_error(text: str) -> None:
     """The parser never fails otherwise, and chances always sum to one."""

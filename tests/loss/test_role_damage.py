@@ -113,11 +113,33 @@ def test_a_probed_type_keeps_its_own_deviation_when_sure(smol: Model) -> None:
     assert kept[1] < 1.03
 
 
+def test_a_probed_interleaved_type_keeps_its_own_deviation_too(smol: Model) -> None:
+    """iq5_ks_r4 holds the weights of iq5_ks: what a probe of it shows counts for both."""
+    kept = []
+    for name in ("iq5_ks", "iq5_ks_r4"):
+        truth = _kld("iq5_ks", 4.2, 0.003, 0.003) * 1.15
+        probes = [_probe("ffn_up", n, _kld(n, 4.2, 0.003, 0.003)) for n in ("iq3_ks", "iq4_ks")]
+        probes.append(replace(_probe("ffn_up", "iq5_ks", truth), type=name, kld_err=1e-3 * truth))
+        kept.append(_fit(smol, _measured(*probes))["ffn_up"].at([get(name)])[0] / truth)
+    assert kept == pytest.approx([1.0, 1.0], abs=0.02)
+
+
 def test_an_unknown_error_lies_between_its_neighbours(smol: Model) -> None:
     """Without an error of its own, iq3_k lies between iq4_ks and iq3_ks on the type curve."""
     probes = [_probe("ffn_up", n, _kld(n, 4.2, 0.003, 0.0006)) for n in ("iq3_ks", "iq4_ks")]
     found = _fit(smol, _measured(*probes))["ffn_up"]
     assert ERRORS["iq4_ks"] < found.error(get("iq3_k")) < ERRORS["iq3_ks"]
+
+
+def test_a_probed_type_that_loses_nothing_scales_no_errors(smol: Model) -> None:
+    """bf16 of a bf16 source has an error of zero, which is no unit for the errors of others."""
+    probes = [_probe("ffn_up", n, _kld(n, 4.2, 0.003, 0.0006)) for n in ("iq3_ks", "iq4_ks")]
+    probes.append(replace(_probe("ffn_up", "q8_0", 1e-9), type="bf16", err=0.0))
+    tensor = next(t.name for t in smol.tensors if t.role == "ffn_up")
+    errors = {"bf16": 0.0, "iq4_ks": ERRORS["iq4_ks"], "iq5_ks": ERRORS["iq5_ks"]}
+    rows = tuple(TensorError(tensor, n, e) for n, e in errors.items())
+    found = _fit(smol, replace(_measured(*probes), errors=rows))["ffn_up"]
+    assert found.error(get("iq5_ks")) == pytest.approx(ERRORS["iq5_ks"])
 
 
 def test_interleaving_changes_no_weights(smol: Model) -> None:

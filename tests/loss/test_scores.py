@@ -44,10 +44,3 @@ def test_superiority_is_claimed_only_when_the_interval_excludes_zero() -> None:
     assert order["superior_to_by_size"] is False
     assert order["ours_low"] < order["ours"] < order["ours_high"]
     assert scores.order([]) == {"n": 0}
-
-
-def test_binomial_range_of_coverage() -> None:
-    """Thirty intervals of 90 % may cover 24 to 30."""
-    low, high = scores.coverage_interval(30)
-    assert math.isclose(low, 23 / 30) or math.isclose(low, 24 / 30)
-    assert high == 1.0

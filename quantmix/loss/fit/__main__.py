@@ -14,8 +14,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from quantmix.loss import prior
-from quantmix.loss.fit import curate, curve, hyper, no_imatrix, sensitivity, tables
+from quantmix.loss import evidence, prior
+from quantmix.loss.fit import command, curate, curve, hyper, no_imatrix, sensitivity, tables
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def refit(raw: Path, measurements: Path, out: Path) -> None:
     """Fit from `raw` and `measurements`, write the parameter files into `out`."""
     out.mkdir(parents=True, exist_ok=True)
-    rows = [*tables.read_measurements(measurements), *curate.more()]
+    rows = [*evidence.raw_rows(measurements), *curate.more()]
     sweeps = tables.sweeps(raw, rows)
     fitted = curve.fit_curve(sweeps, sensitivity.anchors(tables.kld_tables(raw), sweeps))
     _write(out / "curve.csv", ("type", "gain", "sd", "n_models", "source"), _curve_rows(fitted))
@@ -96,4 +96,4 @@ def _write(file: Path, columns: Sequence[str], rows: Iterable[Mapping[str, str]]
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Final
 
 from quantmix.ggml.types import resolve
-from quantmix.loss import curve, prior
-from quantmix.loss.fit import curate, tables
+from quantmix.loss import curve, evidence, prior
+from quantmix.loss.fit import command, curate
 from quantmix.loss.mixes import curve_name
 from quantmix.models.model import Model
 from quantmix.models.sources import load_model
@@ -201,7 +201,7 @@ def main() -> None:
     """Write `by_size.csv` for every measured file without a mix whose experts follow."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--measurements", type=Path, required=True, help="CSV of measurements")
-    rows = tables.read_measurements(parser.parse_args().measurements)
+    rows = evidence.raw_rows(parser.parse_args().measurements)
     pairs = pairs_of(curate.pages().values())
     out = []
     for row in curate.curate(rows, by_size=False):
@@ -220,4 +220,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

@@ -11,15 +11,14 @@ preset of llama-quantize gets its types by tensor (`presets.csv`).
 
 from __future__ import annotations
 
-import csv
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from importlib.resources import files
 from typing import Final
 
-from quantmix.loss import evidence
+from quantmix.loss import evidence, shipped
 from quantmix.models.catalog import catalog
 
+_HERE: Final = "quantmix.loss.fit"
 _Q8: Final = re.compile(r"^Q8_0\b")
 COLUMNS: Final = (
     "model", "label", "size_gib", "bpw", "ppl", "ppl_err", "corpus", "n_ctx", "imatrix",
@@ -80,8 +79,7 @@ def _lacked_matrix(row: Mapping[str, str]) -> bool:
 
 def more() -> list[dict[str, str]]:
     """Return rows found outside the large table, each with its page."""
-    text = (files("quantmix.loss.fit") / "more.csv").read_text(encoding="utf-8")
-    return list(csv.DictReader(text.splitlines()))
+    return shipped.rows("more.csv", _HERE)
 
 
 def preset_of(mix: str) -> str | None:
@@ -101,9 +99,9 @@ def preset_key(model: str, preset: str, imatrix: str) -> tuple[str, str, str]:
 
 def preset_mixes() -> dict[tuple[str, str, str], str]:
     """Return the mixes of `presets.csv` by `preset_key`."""
-    text = (files("quantmix.loss.fit") / "presets.csv").read_text(encoding="utf-8")
     return {
-        (r["model"], r["preset"], r["imatrix"]): r["mix"] for r in csv.DictReader(text.splitlines())
+        (r["model"], r["preset"], r["imatrix"]): r["mix"]
+        for r in shipped.rows("presets.csv", _HERE)
     }
 
 
@@ -121,8 +119,7 @@ def mixes_by_size() -> dict[tuple[str, str], str]:
 
 
 def _mixes(name: str) -> dict[tuple[str, str], str]:
-    text = (files("quantmix.loss.fit") / name).read_text(encoding="utf-8")
-    return {(r["model"], r["label"]): r["mix"] for r in csv.DictReader(text.splitlines())}
+    return {(r["model"], r["label"]): r["mix"] for r in shipped.rows(name, _HERE)}
 
 
 def base_rows(curated: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:

@@ -49,11 +49,8 @@ _TEXT: Final = 0.4
 _MOSTLY_PRIOR: Final = 2.0
 
 
-@dataclass(frozen=True)
-class _Score:
-    """Leave-one-out result of one setting: negative log density by model, and the predictions."""
-
-    loss: dict[str, float]
+# Leave-one-out result of one setting: negative log density by model.
+_Losses = Mapping[str, float]
 
 
 def start(curve: CurveFit) -> Hyper:
@@ -204,35 +201,36 @@ def _random_effects(
     return float(beta[0]), float(beta[1]) if slope else 0.0, max(spread, _TEXT)
 
 
-def _descend(found: Sequence[cases.Cases], h: Hyper) -> list[tuple[Hyper, _Score]]:
-    """Return every setting tried, with its score, along a coordinate descent."""
-    tried: dict[Hyper, _Score] = {h: _score(found, h)}
+def _descend(found: Sequence[cases.Cases], h: Hyper) -> list[tuple[Hyper, _Losses]]:
+    """Return every setting tried, with its losses, along a coordinate descent."""
+    tried: dict[Hyper, _Losses] = {h: _losses(found, h)}
     best = h
     for _ in range(_PASSES):
         for name, values in _GRID.items():
             for value in values:
-                candidate = _with(best, name, value)
+                candidate = Hyper(**{**asdict(best), name: value})
                 if candidate not in tried:
-                    tried[candidate] = _score(found, candidate)
+                    tried[candidate] = _losses(found, candidate)
             best = min(tried, key=lambda k: _total(tried[k], None))
     return list(tried.items())
 
 
-def _with(h: Hyper, name: str, value: float) -> Hyper:
-    return Hyper(**{**asdict(h), name: value})
-
-
-def _score(found: Sequence[cases.Cases], h: Hyper) -> _Score:
-    loss = {}
+def _losses(found: Sequence[cases.Cases], h: Hyper) -> _Losses:
+    losses = {}
     for case in found:
-        total = 0.0
         # The noise that models have in common: what one scatters beyond it comes on top.
-        for p, measured in backtest.predictions(case, h, inflate=False):
-            z2 = ((measured - p.ln_ppl) / p.sd) ** 2
-            total += math.log(p.sd) + 3.0 * math.log1p(z2 / 5.0)
+        total = sum(
+            _surprise(measured - p.ln_ppl, p.sd)
+            for p, measured in backtest.predictions(case, h, inflate=False)
+        )
         # A model with many recipes says more, but not in proportion: its rows resemble each other.
-        loss[case.model.id] = total / math.sqrt(len(case.exact))
-    return _Score(loss)
+        losses[case.model.id] = total / math.sqrt(len(case.exact))
+    return losses
+
+
+def _surprise(off: float, sd: float) -> float:
+    """Return the negative log density of Student's t (5 degrees of freedom), but for a constant."""
+    return math.log(sd) + 3.0 * math.log1p((off / sd) ** 2 / 5.0)
 
 
 def _unknown_mix(found: Sequence[cases.Cases], h: Hyper) -> float:
@@ -243,22 +241,21 @@ def _unknown_mix(found: Sequence[cases.Cases], h: Hyper) -> float:
         total = 0.0
         for case in found:
             for p, measured in backtest.predictions(case, candidate, loose_only=True):
-                z2 = ((measured - p.ln_ppl) / p.sd) ** 2
-                total += (math.log(p.sd) + 3.0 * math.log1p(z2 / 5.0)) / math.sqrt(len(case.exact))
+                total += _surprise(measured - p.ln_ppl, p.sd) / math.sqrt(len(case.exact))
         totals[value] = total
     return min(totals, key=lambda v: totals[v])
 
 
-def _solved_losses(recipes: Path | None, h: Hyper) -> dict[float, dict[str, float]]:
+def _solved_losses(recipes: Path | None, h: Hyper) -> dict[float, _Losses]:
     """Return the negative log density of solved recipes by model, for each ρ of the grid.
 
     Each recipe is predicted from the mixes of its model that were made by class.
     """
-    out: dict[float, dict[str, float]] = {}
+    out: dict[float, _Losses] = {}
     for rho in _SOLVED:
         candidate = replace(h, solved=rho)
         found, _ = cases.gather(evidence.published(), recipes, candidate)
-        out[rho] = {}
+        losses = out[rho] = {}
         for case in (c for c in found if not backtest.fails(c)):
             left = backtest.tool_predictions(case, candidate)
             total = 0.0
@@ -266,23 +263,22 @@ def _solved_losses(recipes: Path | None, h: Hyper) -> dict[float, dict[str, floa
                 low, high = p.interval(candidate)
                 # The bounds hold a rise and its noise; half their width at 90 % is 1.645 sd.
                 sd = max((high - low) / (2 * _NORMAL), h.row_sd)
-                off = (case.bench.rows[i].ln_ppl - p.ln_ppl) / sd
-                total += math.log(sd) + 3.0 * math.log1p(off**2 / 5)
+                total += _surprise(case.bench.rows[i].ln_ppl - p.ln_ppl, sd)
             if left:
-                out[rho][case.model.id] = total / math.sqrt(len(left))
+                losses[case.model.id] = total / math.sqrt(len(left))
     return out
 
 
-def _least_solved(losses: Mapping[float, Mapping[str, float]], without: str | None) -> float:
+def _least_solved(losses: Mapping[float, _Losses], without: str | None) -> float:
     """Return the ρ of least loss over the models but `without`."""
-    return min(losses, key=lambda r: sum(v for m, v in losses[r].items() if m != without))
+    return min(losses, key=lambda rho: _total(losses[rho], without))
 
 
-def _total(score: _Score, without: str | None) -> float:
-    return sum(v for m, v in score.loss.items() if m != without)
+def _total(losses: _Losses, without: str | None) -> float:
+    return sum(v for m, v in losses.items() if m != without)
 
 
-def _best(path: Sequence[tuple[Hyper, _Score]], without: str | None) -> Hyper:
+def _best(path: Sequence[tuple[Hyper, _Losses]], without: str | None) -> Hyper:
     return min(path, key=lambda t: _total(t[1], without))[0]
 
 

@@ -16,17 +16,15 @@ spread; the spread of b is what a new model may differ by.
 
 from __future__ import annotations
 
-import csv
 import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from typing import Final
 
 import numpy as np
 
-from quantmix.loss import evidence
+from quantmix.loss import evidence, shipped
 from quantmix.loss.fit.curve import CurveFit
 from quantmix.loss.fit.tables import CREDIT
 
@@ -168,9 +166,8 @@ def _of_table(rows: Sequence[Mapping[str, str]], fitted: CurveFit) -> list[Pair]
 
 def _own(fitted: CurveFit) -> list[Pair]:
     """Pairs measured with the engine on a small model: mean KLD in nats."""
-    text = (files("quantmix.loss.fit") / "no_imatrix_smollm2.csv").read_text(encoding="utf-8")
     out = []
-    for r in csv.DictReader(text.splitlines()):
+    for r in shipped.rows("no_imatrix_smollm2.csv", "quantmix.loss.fit"):
         with_, without = float(r["kld_with"]), float(r["kld_without"])
         if with_ > _FLOOR:
             name = r["type"]

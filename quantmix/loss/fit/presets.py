@@ -21,7 +21,7 @@ from typing import Final
 from quantmix.engine import mainline
 from quantmix.ggml.types import get
 from quantmix.loss import evidence
-from quantmix.loss.fit import curate, tables
+from quantmix.loss.fit import command, curate
 from quantmix.models.ghost import write_ghost
 from quantmix.models.model import Model
 from quantmix.models.sources import load_model
@@ -93,7 +93,7 @@ def main() -> None:
     """Write `presets.csv` for every preset among the measurements of catalog models."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--measurements", type=Path, required=True, help="CSV of measurements")
-    measured = [*tables.read_measurements(parser.parse_args().measurements), *curate.more()]
+    measured = [*evidence.raw_rows(parser.parse_args().measurements), *curate.more()]
     rows = [row for c in CORPORA for row in curate.curate(measured, corpus=c, presets=False)]
     out: dict[tuple[str, str, str], str] = {}
     for row in rows:
@@ -128,4 +128,4 @@ def _off(model: Model, types: Mapping[str, str], size_gib: str) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

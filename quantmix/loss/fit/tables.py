@@ -89,23 +89,6 @@ def _tensor_tables(tables: Path, file: str, of: Callable[[float], float]) -> lis
     return out
 
 
-def read_measurements(file: Path) -> list[dict[str, str]]:
-    """Return the rows of a measurement CSV (columns as in docs/loss-model.md).
-
-    Raises:
-        BadFile: it cannot be read, or a column is missing.
-    """
-    try:
-        with file.open(encoding="utf-8", newline="") as f:
-            rows = list(csv.DictReader(f))
-    except (OSError, UnicodeDecodeError) as err:
-        raise BadFile(f"{file} cannot be read as a CSV of measurements: {err}") from err
-    needed = {"model", "label", "ppl", "corpus", "n_ctx"}
-    if not rows or not needed <= set(rows[0]):
-        raise BadFile(f"{file} lacks measurement columns: it needs {', '.join(sorted(needed))}")
-    return rows
-
-
 def _folders(tables: Path) -> list[Path]:
     root = tables / "models" if (tables / "models").is_dir() else tables
     folders = sorted(p for p in root.iterdir() if p.is_dir()) if root.is_dir() else []
