@@ -58,7 +58,7 @@ class Judged:
     @property
     def ln_rise(self) -> float:
         """ln(PPL / PPL of the unquantized model), measured where it was, infinite if unknown."""
-        base = evidence.base_ppl(self.offer.model)
+        base = evidence.base_ppl(self.offer.model.id)
         if self.ppl is not None and base is not None:
             return math.log(self.ppl / base)
         return self.quality.ln_ppl_ratio if self.quality else math.inf
