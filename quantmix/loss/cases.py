@@ -79,15 +79,15 @@ def _cases(
     recipes: Sequence[measured_recipes.MeasuredRecipe],
     h: Hyper | None,
 ) -> Cases:
+    h = h or calibrate.hyper(model.id)
     share = prior.shares(model)
     size = size_shares(model)
-    rho = (h or calibrate.hyper(model.id)).solved
     bench = evidence.bench(model, share, rows, h=h)
     control = {r.id: r for r in evidence.bench(model, size, rows, h=h).rows}
     mine, mine_by_size, skipped = [], [], list(bench.skipped)
     seen: set[tuple[float, bytes]] = set()
     for r in recipes:
-        w = features.of_types(model, solved.shares(model, share, r.types, rho), r.types)
+        w = features.of_types(model, solved.shares(model, share, r.types, h.solved), r.types)
         key = (r.ppl, w.tobytes())
         if key in seen:
             skipped.append((r.id, "the same recipe with the same ppl is there already"))
@@ -101,7 +101,7 @@ def _cases(
     all_rows = (*mine, *exact, *loose)
     base, base_sd = bench.ln_base, bench.ln_base_sd
     if not bench.base_known and all_rows:
-        base, base_sd = evidence.unknown_base(model, all_rows, h or calibrate.hyper(model.id))
+        base, base_sd = evidence.unknown_base(model, all_rows, h)
     full = evidence.Bench(model.id, base, base_sd, bench.base_known, all_rows, tuple(skipped))
     return Cases(model, full, (*mine_by_size, *(control.get(r.id, r) for r in (*exact, *loose))))
 
