@@ -28,9 +28,9 @@ class LossModel(Protocol):
 
         Additive: the damage of a mix is the sum. `types` are types really written (the caller
         has applied fallbacks); rows of tensors that cannot be quantized are zero. Values are ≥ 0.
-        Where nothing was measured on the model itself, and with an importance matrix, they never
-        fall from a type to a worse one of the same family; without one some types are so much
-        worse that they do.
+        With an importance matrix, and but for sensitivities measured on the model itself, they
+        never fall from a type to a worse one of the same family; without one some types are so
+        much worse that they do.
         """
         ...
 
