@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from quantmix.errors import BadFile, UsageError
 from quantmix.ggml.types import get
 from quantmix.loss import load
 from quantmix.loss.curve import gain_of
+from quantmix.loss.measured import MeasuredModel
 from quantmix.loss.model import LossModel
 from quantmix.models.ghost import write_ghost
 from quantmix.models.model import Model
@@ -88,6 +90,18 @@ def test_an_imported_table_predicts_a_ratio_and_no_perplexity(tmp_path: Path) ->
     assert not any("importance matrix" in w for w in quality.warnings)
     assert quality.ln_ppl_ratio_low is not None
     assert 0.0 < quality.ln_ppl_ratio_low < quality.ln_ppl_ratio < 0.1
+
+
+def test_the_level_of_a_table_is_less_sure_than_own_probes(tmp_path: Path) -> None:
+    """Sums over single tensors are off by half in either direction, whole roles are not."""
+    table_model = imported(tmp_path, MODEL, iq2_k=0.002)
+    assert isinstance(table_model, MeasuredModel)
+    own = replace(table_model, summed=False)
+    mix = [get("iq2_k") if t.quantizable else None for t in MODEL.tensors]
+    wide, narrow = table_model.quality(MODEL, mix), own.quality(MODEL, mix)
+    assert wide.ln_ppl_ratio == narrow.ln_ppl_ratio
+    assert wide.ln_ppl_ratio_high > 1.2 * narrow.ln_ppl_ratio_high  # type: ignore[operator]
+    assert wide.ln_ppl_ratio_low < narrow.ln_ppl_ratio_low / 1.2  # type: ignore[operator]
 
 
 def test_an_imported_table_serves_a_local_file(tmp_path: Path) -> None:
