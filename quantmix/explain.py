@@ -143,13 +143,31 @@ def explain(
 def command_line(pasted: CommandLine, flags: OffloadFlags) -> str:
     """Return the better flags as one shell command, options without a say in layout kept."""
     env = {k: v for k, v in pasted.env.items() if not k.startswith("CUDA_")} | flags.env
-    parts = [f"{k}={shlex.quote(v)}" for k, v in env.items()]
-    parts += [shlex.quote(w) for w in pasted.words[:1]] or ["llama-server"]
+    program = pasted.words[0] if pasted.words else "llama-server"
+    parts = _started(pasted.launcher, [f"{k}={shlex.quote(v)}" for k, v in env.items()])
+    parts.append(shlex.quote(program))
     for option in pasted.options:
         if option.name not in _LAYOUT:
             parts.append(option.spelling)
             parts += [shlex.quote(option.value)] if option.value is not None else []
     return " ".join([*parts, *(shlex.quote(f) for f in flags.flags)])
+
+
+def _started(launcher: Sequence[str], env: Sequence[str]) -> list[str]:
+    """Return what stands before the program, the environment where the program gets to see it.
+
+    `sudo` drops what stands before it, and a container gets only what `-e` names.
+    """
+    words = [w if w in ("&&", ";", "||") or w.endswith(";") else shlex.quote(w) for w in launcher]
+    programs = {w.rsplit("/", 1)[-1] for w in launcher}
+    if programs & {"docker", "podman"}:
+        return [*words, *(part for e in env for part in ("-e", e))]
+    if "sudo" in programs:
+        return [*words, *([] if words[-1] == "env" else ["env"]), *env]
+    start = max(
+        (i + 1 for i, w in enumerate(words) if w in ("&&", ";") or w.endswith(";")), default=0
+    )
+    return [*words[:start], *env, *words[start:]]
 
 
 def type_in_name(name: str, engine: Engine) -> str | None:

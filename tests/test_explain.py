@@ -167,6 +167,29 @@ def test_calibration_names_what_is_not_known_of_the_rig() -> None:
         explain(line, r1(), sizes, THEN, measured_tps=4.0)
 
 
+@pytest.mark.parametrize(
+    ("start", "kept"),
+    [
+        (
+            "numactl --interleave=all ./llama-server",
+            "{env} numactl --interleave=all ./llama-server",
+        ),
+        ("cd /opt && ./llama-server", "cd /opt && {env} ./llama-server"),
+        ("sudo nice -n -5 ./llama-server", "sudo nice -n -5 env {env} ./llama-server"),
+        (
+            "docker run -e CUDA_VISIBLE_DEVICES=1 -p 80:80 ggml-org/llama.cpp:server-cuda",
+            "docker run -p 80:80 -e {env} ggml-org/llama.cpp:server-cuda",
+        ),
+    ],
+)
+def test_the_better_line_is_started_as_the_pasted_one_was(start: str, kept: str) -> None:
+    """Wrappers and containers stay before the program, which gets to see the environment."""
+    found = explain(f"{start} -m x.gguf -ngl 99 -ot exps=CPU", r1(), his_rig(), Settings())
+    env = ["CUDA_DEVICE_ORDER=PCI_BUS_ID", "CUDA_VISIBLE_DEVICES=0,1,2,3"]
+    joined = (" -e " if "docker" in start else " ").join(env)
+    assert found.better_line.startswith(f"{kept.format(env=joined)} -m x.gguf -ngl 999 ")
+
+
 def test_the_better_line_starts_where_the_pasted_one_does_not() -> None:
     """A quantized V cache gets the flash attention that it needs."""
     found = explain("-ngl 99 -fa off -ctv q8_0 -c 4096", qwen(), his_rig(), Settings())
