@@ -50,6 +50,14 @@ def load_model(spec: str, *, layout: str | None = None) -> Model:
     return from_catalog(find(spec), layout)
 
 
+def first_file(model: Model) -> str | None:
+    """Return the file that an engine is given to load the model, None when there is none here."""
+    path = Path(model.source)
+    if path.is_dir():
+        return next((str(p) for p in sorted(path.glob("*.gguf"))), None)
+    return str(path) if path.is_file() else None
+
+
 def _is_path(spec: str) -> bool:
     """Whether it is written as a path, though nothing may be there."""
     return spec.lower().endswith(".gguf") or spec.startswith((".", "/", "~"))
