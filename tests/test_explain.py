@@ -190,6 +190,15 @@ def test_the_better_line_is_started_as_the_pasted_one_was(start: str, kept: str)
     assert found.better_line.startswith(f"{kept.format(env=joined)} -m x.gguf -ngl 999 ")
 
 
+def test_on_a_machine_without_gpus_no_layer_is_missed_on_one() -> None:
+    """Layers in RAM are no fault where there is no GPU to put them on."""
+    rig = with_ram(parse_gpus("none"), "512G", None, None, False)
+    found = explain("./llama-server -m x.gguf -c 4096", qwen(), rig, Settings())
+    assert not said(found, "in RAM, KV cache included")
+    assert found.better is not None
+    assert " -ngl 0 " in found.better_line
+
+
 def test_the_better_line_starts_where_the_pasted_one_does_not() -> None:
     """A quantized V cache gets the flash attention that it needs."""
     found = explain("-ngl 99 -fa off -ctv q8_0 -c 4096", qwen(), his_rig(), Settings())

@@ -14,6 +14,7 @@ from quantmix.memory.homes import is_movable
 from quantmix.memory.model import HOST, Placement
 from quantmix.memory.settings import Settings
 from quantmix.models.model import Model
+from quantmix.rig.cards import cards
 from quantmix.rig.device import Rig
 
 _EXPERT_WORDS: Final = ("up", "down", "gate", "gate_up")  # as people write them
@@ -97,9 +98,11 @@ def split_plan(model: Model, placement: Placement, *, with_output: bool) -> Spli
 def environment(rig: Rig, plan: SplitPlan) -> dict[str, str]:
     """CUDA numbering as `nvidia-smi` shows it, and only the GPUs in use; nothing for a pool.
 
-    A GPU that the engine sees gets a context and buffers even when no weights lie there.
+    A GPU that the engine sees gets a context and buffers even when no weights lie there. ROCm
+    reads CUDA_VISIBLE_DEVICES too; a Mac has one GPU.
     """
-    if rig.ideal or not rig.gpus:
+    known = [cards().get(g.card) for g in rig.gpus]
+    if rig.ideal or all(c is not None and c.arch == "apple" for c in known):
         return {}
     return {
         "CUDA_DEVICE_ORDER": "PCI_BUS_ID",

@@ -126,7 +126,7 @@ def landing_findings(
     names: Sequence[str],
 ) -> list[Finding]:
     """What is odd about where things land; `names` are device names by engine index."""
-    found = _left_in_ram(command, homes)
+    found = _left_in_ram(command, homes) if names else []
     found += _split_pairs(model, where)
     found += _hops(command, model, homes, where, names)
     moved = [
@@ -234,7 +234,8 @@ def _left_in_ram(command: CommandLine, homes: Homes) -> list[Finding]:
     left = [i for i, d in enumerate(homes.blocks) if d == HOST]
     if not left:
         return []
-    text = f"-ngl {command.value('ngl')} leaves layers {ranges(left)} in RAM, KV cache included"
+    given = f"-ngl {command.value('ngl')}" if command.has("ngl") else "no -ngl:"
+    text = f"{given} leaves layers {ranges(left)} in RAM, KV cache included"
     return [Finding("warning", f"{text}: write -ngl 999")]
 
 
