@@ -153,6 +153,7 @@ def _lines(
     a: Side, b: Side, changes: Iterable[Change], key: Callable[[PlannedTensor], str]
 ) -> tuple[Line, ...]:
     names = list(dict.fromkeys(key(t) for t in (*a.tensors, *b.tensors)))
+    names.sort(key=lambda n: int(n) if n.isdecimal() else -1)
     changed = [key(c.a) for c in changes]
     sums = {n: (_sum(a, key, n), _sum(b, key, n)) for n in names}
     return tuple(

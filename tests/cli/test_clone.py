@@ -219,6 +219,7 @@ def test_diff_counts_types_sizes_and_damage(tmp_path: Path) -> None:
         assert sum(x["a"]["damage"] for x in lines) == pytest.approx(out["a"]["damage"])
         assert sum(x["n_changed"] for x in lines) == 30
     assert out["a"]["damage"] > out["b"]["damage"]
+    assert [x["name"] for x in out["layers"]] == ["-", *map(str, range(30))]
     for by in ("role", "layer", "tensor"):
         shown = run.invoke(
             app, ["diff", str(tmp_path / "a.gguf"), str(tmp_path / "b.gguf"), "--by", by]
