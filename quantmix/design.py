@@ -267,6 +267,7 @@ def _assemble(
         optimality=_optimality(answer, quality.damage),
         speed=speed,
         flags=flags,
+        imatrix=options.limits.imatrix,
     )
     return Design(
         recipe,

@@ -138,6 +138,16 @@ class Recipe:
     refined: dict[str, Any] | None = None
     """What `refine` measured, for a recipe that it made; the key is left out of others."""
 
+    @property
+    def with_imatrix(self) -> bool:
+        """Whether it was designed to be quantized with an importance matrix."""
+        return "--imatrix" in self.commands.get("quantize", ())
+
+    @property
+    def quantize_arguments(self) -> str:
+        """What quantize.sh is called with, words that stand for files."""
+        return "SOURCE.gguf OUT.gguf" + (" IMATRIX.dat" if self.with_imatrix else "")
+
     def to_json(self) -> dict[str, Any]:
         """Return the document as plain JSON values, keys in CONTRACT order."""
         doc: dict[str, Any] = {"schema": SCHEMA, "quantmix": self.quantmix, "created": self.created}

@@ -13,6 +13,7 @@ import pytest
 import quantmix as qm
 from quantmix.budget import Budget
 from quantmix.design import Options, run
+from quantmix.emit.readme import readme
 from quantmix.errors import EngineError, InfeasibleBudget, UnknownName, UsageError
 from quantmix.models.model import Model
 from quantmix.palette import TypeLimits
@@ -125,6 +126,16 @@ def test_a_pin_below_a_floor_is_refused(small: Model) -> None:
         above = TypeLimits(pins=(("ffn_down", name),), floors=floors)
         made = run(small, Budget.from_size("6.8bpw"), Options(limits=above)).recipe
         assert {t.type for t in made.tensors if t.role == "ffn_down"} == {name}
+
+
+def test_commands_name_an_imatrix_where_one_is_planned(small: Model) -> None:
+    """With --no-imatrix neither the command nor the page asks for a file that there is not."""
+    for imatrix in (True, False):
+        options = Options(limits=TypeLimits(imatrix=imatrix))
+        made = run(small, Budget.from_size("5bpw"), options).recipe
+        assert ("--imatrix" in made.commands["quantize"]) == imatrix
+        assert ("IMATRIX.dat" in readme(made)) == imatrix
+        assert made.with_imatrix == imatrix
 
 
 def test_damage_never_rises_with_the_budget(r1: Model) -> None:
