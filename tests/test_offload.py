@@ -170,6 +170,16 @@ def test_a_machine_without_gpus_is_named_none() -> None:
         with_ram(parse_gpus("none"), None, None, None, False)
 
 
+def test_a_context_beyond_the_trained_one_is_told() -> None:
+    """Per slot: 65536 tokens for one of 40960 are too many, for two slots they are not."""
+    file = stored(load_model("qwen3-30b-a3b"), "ik", "q4_K")
+    rig = with_ram(parse_gpus("rtx-3090"), None, None, None, False)
+    for parallel, told in ((1, True), (2, False)):
+        settings = Settings(ctx=65536, ctk="q8_0", ctv="q8_0", parallel=parallel)
+        notes = place(file, rig, settings).flags.notes
+        assert any("more than the 40960" in n for n in notes) == told
+
+
 def test_memory_that_cpu_and_gpu_share_is_not_counted_twice() -> None:
     """RAM of a Mac beyond what its GPU leaves is refused; a card of its own keeps its RAM."""
     with pytest.raises(UsageError, match=r"share its 128 GiB.* give at most 32G"):

@@ -27,16 +27,21 @@ _MARKS = {
 _ROWS = 60  # more items than this are summed up, not listed
 
 
-def print_plan(screen: Console, plan: Mapping[str, Any]) -> None:
-    """Print what would run."""
+def print_plan(screen: Console, plan: Mapping[str, Any], *, reasons: bool = False) -> None:
+    """Print what would run; with `reasons` why what would fail does."""
     from rich.text import Text
 
     counts = plan["counts"]
     todo = counts["run"] + counts["later"]
     text = f": {len(plan['items'])} recipes, {sum(counts.values())} steps: "
     text += f"{counts['done']} up to date, {todo} to run"
-    text += f", {counts['failed']} failed before and would again" if counts["failed"] else ""
+    text += f", {counts['failed']} would fail" if counts["failed"] else ""
     screen.print(Text.assemble((plan["pipeline"], "bold"), text))
+    if reasons:
+        for row, step in ((r, s) for r in plan["items"] for s in r["steps"]):
+            if step["plan"] == "failed":
+                line = f" {step['step']}: {step['reason']}"
+                screen.print(Text.assemble((_name(row), "red"), line))
     if todo == 0:
         return
     screen.print(

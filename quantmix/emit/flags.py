@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from quantmix.emit.regex import int_group, word_group
@@ -16,6 +16,7 @@ from quantmix.memory.settings import Settings
 from quantmix.models.model import Model
 from quantmix.rig.cards import cards
 from quantmix.rig.device import Rig
+from quantmix.units import pad
 
 _EXPERT_WORDS: Final = ("up", "down", "gate", "gate_up")  # as people write them
 
@@ -68,7 +69,19 @@ def offload(
     emit = ik.offload_flags if settings.engine == "ik" else mainline.offload_flags
     flags = emit(model, settings, rig, placement, sizes=sizes)
     simulate.prove(flags, model, settings, rig, placement, sizes)
-    return flags
+    return replace(flags, notes=(*flags.notes, *beyond_training(model, settings)))
+
+
+def beyond_training(model: Model, settings: Settings) -> tuple[str, ...]:
+    """Say that a slot's context is longer than what the model was trained on, if it is."""
+    trained = model.hparams.ctx_train
+    each = settings.ctx // max(1, settings.parallel)
+    if not trained or each <= pad(trained, 256):
+        return ()
+    return (
+        f"{each} tokens of context are more than the {trained} that {model.id} was trained on: "
+        "beyond them it needs RoPE scaling (YaRN), where it has any",
+    )
 
 
 def split_plan(model: Model, placement: Placement, *, with_output: bool) -> SplitPlan:

@@ -83,6 +83,7 @@ def texts(flags: str, name: str = "deepseek-r1", build: str = "2025-06-16") -> l
         ("-c 0", "-c 0: the engine opens the trained context, 163840 tokens"),
         ("-ub 4096", "-ub 4096 is more than -b 2048, and the engine uses 2048"),
         ("-c 64k", "is read as 64: write 65536"),
+        ("-c 200000", "more than the 163840 that deepseek-r1 was trained on"),
     ],
 )
 def test_what_users_get_wrong_is_said(flags: str, said: str) -> None:
