@@ -7,11 +7,12 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from quantmix.errors import QuantmixError, UnknownName
+from quantmix.errors import QuantmixError, UnknownName, UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -58,7 +59,32 @@ def one_of(kind: str, value: str, choices: Sequence[Choice]) -> Choice:
 
 def print_json(doc: Any) -> None:
     """Print one JSON document on stdout; NaN is a bug, so it raises."""
-    print(json.dumps(doc, indent=2, ensure_ascii=False, allow_nan=False))
+    text = json.dumps(doc, indent=2, ensure_ascii=False, allow_nan=False)
+    if _shown(text) != text:
+        text = json.dumps(doc, indent=2, allow_nan=False)
+    print_out(text)
+
+
+def print_out(text: str) -> None:
+    """Print a result on stdout, at once.
+
+    Raises:
+        UsageError: stdout cannot take it, as a file on a full disk.
+    """
+    try:
+        print(_shown(text), flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as err:
+        with suppress(OSError, ValueError):  # what is left unwritten would fail again at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise UsageError(f"standard output cannot be written: {err.strerror or err}") from err
+
+
+def _shown(text: str) -> str:
+    """Return `text` with what stdout has no characters for escaped (names that are no UTF-8)."""
+    encoding = sys.stdout.encoding or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 @functools.cache

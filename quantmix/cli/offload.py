@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from quantmix.cli import options
-from quantmix.cli.common import JsonFlag, QuietFlag, answer_errors, console, print_json
+from quantmix.cli.common import JsonFlag, QuietFlag, answer_errors, console, print_json, print_out
 
 if TYPE_CHECKING:
     from quantmix.explain import Explanation
@@ -145,7 +145,7 @@ def _placed(
         _styled_line(out, "warning", "yellow", warning)
     for note in plan.flags.notes:
         out.print(note, style="dim")
-    print(_shell(plan, file))
+    print_out(_shell(plan, file))
 
 
 def _explained(
@@ -187,7 +187,7 @@ def _explained(
         faster = f", predicted {found.gain:.2f}x as fast" if found.gain else ""
         out.print(f"\nbetter{faster}:")
         _device_table(found.better.devices, out, found.better.holds)
-        print(found.better_line)
+        print_out(found.better_line)
 
 
 def _head(file: StoredModel, settings: Settings) -> dict[str, Any]:
