@@ -115,6 +115,12 @@ def test_a_swap_that_fails_puts_the_old_folder_back(
     assert [p.name for p in tmp_path.iterdir()] == ["x"]
 
 
+def test_a_source_whose_name_is_no_utf8_is_remembered(recipe: Recipe, tmp_path: Path) -> None:
+    """recipe.json is UTF-8 and names the very file."""
+    odd = replace(recipe, model=replace(recipe.model, source="m\udcff.gguf"))
+    assert load(odd.save(tmp_path / "x", figures=False)).model.source == "m\udcff.gguf"
+
+
 def test_a_linked_folder_is_written_where_it_lies(recipe: Recipe, tmp_path: Path) -> None:
     """A symbolic link to a recipe folder stays a link."""
     real = recipe.save(tmp_path / "disk" / "x", figures=False)
