@@ -15,9 +15,11 @@ from quantmix.budget import Budget
 from quantmix.design import Options, run
 from quantmix.emit.readme import readme
 from quantmix.errors import EngineError, InfeasibleBudget, UnknownName, UsageError
+from quantmix.models.ghost import write_ghost
 from quantmix.models.model import Model
 from quantmix.palette import TypeLimits
 from quantmix.recipe import Recipe
+from quantmix.request import Request, fulfil
 from quantmix.units import GIB, parse_size
 
 
@@ -500,3 +502,12 @@ def test_a_gpu_without_weights_is_hidden(engine: str) -> None:
     assert made.devices[0].used_bytes == made.devices[1].used_bytes == 0
     assert made.offload["env"]["CUDA_VISIBLE_DEVICES"] == ""
     assert visible(budget.rig, made.offload["env"]) == []
+
+
+def test_own_measurements_that_are_too_few_are_told(tmp_path: Path) -> None:
+    """--own with an empty store, or behind --measurements, says that it changed nothing."""
+    file = tmp_path / "m.gguf"
+    write_ghost(file, qm.load_model("smollm2-135m"))
+    asked = Request(model=str(file), size="4bpw", own=True, no_check=True, out=tmp_path / "r")
+    (note,) = fulfil(asked, db=tmp_path / "m.db").notes
+    assert "the store has 0 in all" in note
