@@ -190,6 +190,30 @@ def test_the_better_line_is_started_as_the_pasted_one_was(start: str, kept: str)
     assert found.better_line.startswith(f"{kept.format(env=joined)} -m x.gguf -ngl 999 ")
 
 
+def test_paths_that_the_shell_completes_stay_so() -> None:
+    """A home folder and a variable are quoted so that the shell still sees them."""
+    line = '~/ik/llama-server -m "$MODELS/a b.gguf" --alias "x y" -ngl 99 -ot exps=CPU -c 4096'
+    better = explain(line, r1(), his_rig(), Settings()).better_line
+    assert " ~/ik/llama-server -m \"$MODELS/a b.gguf\" --alias 'x y' -ngl " in better
+
+
+def test_a_line_of_windows_is_told_what_to_write_there() -> None:
+    """cmd.exe knows neither single quotes nor variables in front of a program."""
+    for program, told in (("llama-server.exe", True), ("./llama-server", False)):
+        found = explain(f"{program} -m x.gguf -ngl 99 -c 4096", r1(), his_rig(), Settings())
+        assert said(found, "on Windows") == told
+
+
+def test_devices_that_are_named_are_the_ones_that_count() -> None:
+    """-dev hides the other cards and is not kept; what the engine does not have is told."""
+    line = "./llama-server -m x.gguf -ngl 99 -ot exps=CPU -c 4096 -dev "
+    found = explain(line + "CUDA2,CUDA1", qwen(), his_rig(), Settings())
+    used = [d.name for d in found.devices if d.kv_bytes]
+    assert used == ["GPU1", "GPU2"]
+    assert " -dev " not in found.better_line
+    assert said(explain(line + "Vulkan0", qwen(), his_rig(), Settings()), "-dev Vulkan0")
+
+
 def test_on_a_machine_without_gpus_no_layer_is_missed_on_one() -> None:
     """Layers in RAM are no fault where there is no GPU to put them on."""
     rig = with_ram(parse_gpus("none"), "512G", None, None, False)
