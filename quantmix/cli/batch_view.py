@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from quantmix.cli.common import wide
 from quantmix.units import gib
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def print_plan(screen: Console, plan: Mapping[str, Any], *, reasons: bool = Fals
             duration(row["seconds"]),
             gib(row["file_bytes"]) if row["file_bytes"] else "",
         )
-    screen.print(table)
+    wide(screen).print(table)
     if len(shown) > _ROWS:
         screen.print(f"… and {len(shown) - _ROWS} more", style="dim")
 
@@ -68,7 +69,7 @@ def print_summary(screen: Console, document: Mapping[str, Any]) -> None:
 
     counts = document["counts"]
     if len(document["items"]) <= _ROWS:
-        screen.print(_summary_table(document))
+        wide(screen).print(_summary_table(document))
     for row in document["items"]:
         if not row["ok"]:
             log = next((s["log"] for s in row["steps"] if s["log"]), "")

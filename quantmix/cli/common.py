@@ -16,6 +16,9 @@ from quantmix.errors import QuantmixError, UnknownName, UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
+
+_LEAST_WIDTH = 100
 
 F = TypeVar("F", bound=Callable[..., Any])
 Choice = TypeVar("Choice", bound=str)
@@ -97,3 +100,22 @@ def console(quiet: bool = False) -> Console:
 
     width = None if sys.stderr.isatty() else 110
     return Console(stderr=True, quiet=quiet, markup=False, highlight=False, width=width)
+
+
+def print_table(out: Console, table: Table) -> None:
+    """Print a table of which nothing is cut: names to copy stay whole, other cells are folded."""
+    for column in table.columns:
+        column.overflow = "fold"
+    table.columns[0].no_wrap = True
+    wide(out).print(table)
+
+
+def wide(out: Console) -> Console:
+    """Return the console for tables: a narrow terminal wraps their lines and loses nothing."""
+    from rich.console import Console
+
+    if out.width >= _LEAST_WIDTH:
+        return out
+    return Console(
+        file=out.file, quiet=out.quiet, markup=False, highlight=False, width=_LEAST_WIDTH
+    )

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from quantmix.cli.common import JsonFlag, QuietFlag, answer_errors, console, print_json
+from quantmix.cli.common import JsonFlag, QuietFlag, answer_errors, console, print_json, print_table
 
 
 def register(app: typer.Typer) -> None:
@@ -55,4 +55,4 @@ def models(
             e.verified,
             ", ".join(e.aliases),
         )
-    console(quiet).print(table)
+    print_table(console(quiet), table)

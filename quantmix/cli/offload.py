@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from quantmix.cli import options
-from quantmix.cli.common import JsonFlag, QuietFlag, answer_errors, console, print_json, print_out
+from quantmix.cli.common import (
+    JsonFlag,
+    QuietFlag,
+    answer_errors,
+    console,
+    print_json,
+    print_out,
+    print_table,
+)
 
 if TYPE_CHECKING:
     from quantmix.explain import Explanation
@@ -231,7 +239,7 @@ def _rule_table(found: Explanation, out: Any) -> None:
         what = (r.option or r.pattern, r.buffer)
         cells = (str(r.number), *what, str(r.matched), str(r.won), r.layers or "-")
         table.add_row(*cells)
-    out.print(table)
+    print_table(out, table)
 
 
 def _device_table(devices: Any, out: Any, holds: dict[str, str]) -> None:
@@ -252,7 +260,7 @@ def _device_table(devices: Any, out: Any, holds: dict[str, str]) -> None:
             Text(free, "red" if (d.free_bytes or 0) < 0 else ""),
             holds.get(d.name, ""),
         )
-    out.print(table)
+    print_table(out, table)
 
 
 def _speed_line(speed: Any, out: Any) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from quantmix.cli.common import JsonFlag, QuietFlag, answer_errors, console, print_json
+from quantmix.cli.common import JsonFlag, QuietFlag, answer_errors, console, print_json, print_table
 
 if TYPE_CHECKING:
     from quantmix.predict import Prediction
@@ -104,7 +104,7 @@ def _print(name: str, found: Prediction, quiet: bool) -> None:
     for role, row in found.roles.items():
         share = row["damage"] / q.damage if q.damage else 0.0
         table.add_row(role, f"{row['damage']:.5f}", f"{share:.1%}", gib(row["bytes"]))
-    out.print(table)
+    print_table(out, table)
     for warning in q.warnings:
         out.print(f"warning: {warning}")
     if found.unmatched:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -9,7 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
+from rich.table import Table
 
+from quantmix.cli.common import print_table
+from quantmix.models.catalog import catalog
 from quantmix.models.ghost import write_ghost
 from quantmix.models.sources import load_model
 
@@ -49,3 +54,17 @@ def test_names_that_stdout_has_no_characters_for_are_escaped(tmp_path: Path) -> 
         assert json.loads(result.stdout)["model"]["source"] == str(file)
         line = run("offload", str(file), "--gpus", "24G", "--quiet", PYTHONIOENCODING=encoding)
         assert line.returncode == 0, line.stderr
+
+
+def test_nothing_of_a_table_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names to copy are whole, in files as on a terminal of 60 columns."""
+    monkeypatch.setenv("COLUMNS", "60")
+    names = {line.split()[1] for line in run("models").stderr.splitlines() if line[:1] == "│"}
+    assert {e.id for e in catalog().values()} <= names
+    out = Console(width=60, file=io.StringIO())
+    table = Table("role", "weights", "size", "read", "types", "more")
+    table.add_row("ffn_gate_exps", "9,663,676,416", "18.00 GiB", "1.12 GiB", "bf16 ×48", "x" * 20)
+    print_table(out, table)
+    shown = out.file.getvalue()
+    assert "ffn_gate_exps" in shown
+    assert "…" not in shown
