@@ -216,7 +216,7 @@ def _by_id(kind: GgmlType) -> int:
 
 
 def _stem(file: Path) -> str:
-    return re.sub(r"\.(recipe|txt|args|rules)(?=\.|$)", "", file.name)
+    return re.sub(r"\.(recipe|txt|args|rules|sh)(?=\.|$)", "", file.name)
 
 
 def _named(name: str, derived: str) -> str:

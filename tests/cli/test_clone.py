@@ -228,6 +228,18 @@ def test_diff_counts_types_sizes_and_damage(tmp_path: Path) -> None:
         assert shown.stdout == ""
 
 
+def test_diff_takes_the_model_that_a_rules_file_names(tmp_path: Path) -> None:
+    """As import does: by the file's own name, else --model is asked for."""
+    for name in ("qwen3-0.6b.mine", "theirs"):
+        (tmp_path / name).write_text("ffn_down=q6_K\n.*=q8_0\n")
+    mine = str(tmp_path / "qwen3-0.6b.mine")
+    assert len(doc("diff", mine, mine)["changed"]) == 0
+    refused = run.invoke(app, ["diff", mine, str(tmp_path / "theirs")])
+    assert refused.exit_code == 2
+    assert "--model" in refused.stderr
+    assert len(doc("diff", mine, "qwen3-0.6b")["changed"]) > 0
+
+
 def test_diff_of_different_models_is_refused(tmp_path: Path) -> None:
     """Mixes of different models are not compared."""
     result = run.invoke(app, ["diff", "qwen3-4b", "qwen3-8b"])
@@ -316,6 +328,7 @@ def test_the_script_of_a_model_card_is_imported_with_the_model_it_names(tmp_path
     got = doc("import", str(file), "--out", str(tmp_path / "r"))
     assert got["model"]["id"] == "qwen3-30b-a3b"
     assert set(got["types"]) == {"iq3_k", "q8_0", "f32"}
+    assert got["recipe"].endswith("/qwen3-30b-a3b-cook")
 
 
 def test_a_file_without_rules_says_so(tmp_path: Path) -> None:
