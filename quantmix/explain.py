@@ -157,19 +157,22 @@ def explain(
         holds=holds(model, machine, placement, where),
         speed=speed,
         better=better,
-        better_line=command_line(pasted, better.flags) if better else "",
+        better_line=command_line(pasted, better.flags, repack=not seen) if better else "",
         gain=gain,
     )
 
 
-def command_line(pasted: CommandLine, flags: OffloadFlags) -> str:
-    """Return the better flags as one shell command, options without a say in layout kept."""
+def command_line(pasted: CommandLine, flags: OffloadFlags, *, repack: bool = False) -> str:
+    """Return the better flags as one shell command, options without a say in layout kept.
+
+    `repack` keeps -rtr, which does harm only where a GPU would speed up prompts.
+    """
     env = {k: v for k, v in pasted.env.items() if not k.startswith("CUDA_")} | flags.env
     program = pasted.words[0] if pasted.words else "llama-server"
     parts = _started(pasted.launcher, [f"{k}={shlex.quote(v)}" for k, v in env.items()])
     parts.append(_quoted(program))
     for option in pasted.options:
-        if option.name not in _LAYOUT:
+        if option.name not in _LAYOUT or (option.name == "rtr" and repack):
             parts.append(option.spelling)
             parts += [_quoted(option.value)] if option.value is not None else []
     return " ".join([*parts, *(shlex.quote(f) for f in flags.flags)])

@@ -215,12 +215,13 @@ def test_devices_that_are_named_are_the_ones_that_count() -> None:
 
 
 def test_on_a_machine_without_gpus_no_layer_is_missed_on_one() -> None:
-    """Layers in RAM are no fault where there is no GPU to put them on."""
+    """Layers in RAM are no fault where there is no GPU to put them on, nor is -rtr."""
     rig = with_ram(parse_gpus("none"), "512G", None, None, False)
-    found = explain("./llama-server -m x.gguf -c 4096", qwen(), rig, Settings())
+    found = explain("./llama-server -m x.gguf -c 4096 -rtr", qwen(), rig, Settings())
     assert not said(found, "in RAM, KV cache included")
     assert found.better is not None
-    assert " -ngl 0 " in found.better_line
+    assert " -rtr -ngl 0 " in found.better_line
+    assert " -rtr" not in explain("-rtr -c 4096", qwen(), his_rig(), Settings()).better_line
 
 
 def test_the_better_line_starts_where_the_pasted_one_does_not() -> None:

@@ -30,7 +30,7 @@ def model_from_hub(spec: str, layout: str | None = None) -> Model:
         if file:
             return _gguf(hub, repo, file)
         return _checkpoint(hub, repo, layout)
-    except (hub.errors.HfHubHTTPError, hub.errors.HFValidationError, OSError) as err:
+    except (*_http_errors(hub), hub.errors.HFValidationError, OSError) as err:
         first = str(err).strip().splitlines()[0] if str(err).strip() else type(err).__name__
         raise BadFile(f"hf:{repo} cannot be read: {first}") from err
 
@@ -44,6 +44,12 @@ def _library() -> Any:
             "hf:… needs the huggingface_hub package: pip install 'quantmix[hf]'"
         ) from None
     return huggingface_hub
+
+
+def _http_errors(hub: Any) -> tuple[type[Exception], ...]:
+    """Return what the library's HTTP client raises: it lets failed connections through as such."""
+    family = hub.errors.HfHubHTTPError.__mro__
+    return tuple(c for c in family if c.__module__ != "builtins")
 
 
 def _gguf(hub: Any, repo: str, file: str) -> Model:
