@@ -96,6 +96,7 @@ def recipe_of(question: Question, answer: Answer) -> Recipe:
         optimality=_optimality(answer, quality.damage, options.goals.limits.gap),
         speed=answer.speed,
         flags=flags,
+        imatrix=options.limits.imatrix,
     )
 
 

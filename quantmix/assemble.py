@@ -48,8 +48,11 @@ def assemble(
     optimality: Optimality,
     speed: Speed,
     flags: OffloadFlags | None = None,
+    imatrix: bool = True,
 ) -> Recipe:
     """Return the recipe whose file holds `tensors`, one per tensor of the model, in its order.
+
+    `imatrix` says whether it is to be quantized with an importance matrix.
 
     Rules name every tensor that the engine may quantize, also those that keep the type of the
     source (gpt-oss' mxfp4 experts), which the preset would change otherwise.
@@ -75,7 +78,7 @@ def assemble(
         speed=speed,
         types=types,
         rules=tuple(rules),
-        commands=commands_of(settings, ftype, rules, flags),
+        commands=commands_of(settings, ftype, rules, flags, imatrix=imatrix),
         offload={
             "flags": flags.flags if flags else [],
             "env": flags.env if flags else {},
@@ -141,15 +144,21 @@ def size_of(model: Model, tensors: Sequence[PlannedTensor]) -> Size:
 
 
 def commands_of(
-    settings: Settings, ftype: str, rules: Sequence[str], flags: OffloadFlags | None
+    settings: Settings,
+    ftype: str,
+    rules: Sequence[str],
+    flags: OffloadFlags | None,
+    *,
+    imatrix: bool = True,
 ) -> dict[str, list[str]]:
     """Return the three commands; SOURCE, IMATRIX, OUT, MODEL and CORPUS stand for files."""
     run_flags = list(flags.flags) if flags else []
+    quantize = ["llama-quantize", *(["--imatrix", "IMATRIX"] if imatrix else [])]
     if settings.engine == "ik":
-        quantize = ["llama-quantize", "--imatrix", "IMATRIX", "--custom-q", ",".join(rules)]
+        quantize += ["--custom-q", ",".join(rules)]
         ppl = ["-c", "512", "--no-escape"]
     else:
-        quantize = ["llama-quantize", "--imatrix", "IMATRIX", "--tensor-type-file", "rules.args"]
+        quantize += ["--tensor-type-file", "rules.args"]
         ppl = ["-c", "512"]
     return {
         "quantize": [*quantize, "SOURCE", "OUT", ftype],

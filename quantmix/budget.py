@@ -10,7 +10,7 @@ from quantmix.errors import UsageError
 from quantmix.memory.plan import DESKTOP_BYTES
 from quantmix.memory.settings import NEWEST_BUILD, OLDEST_BUILD, Settings
 from quantmix.rig.device import Rig
-from quantmix.units import pad, parse_bpw, parse_memory, parse_size
+from quantmix.units import GIB, gib, pad, parse_bpw, parse_memory, parse_size
 
 ANY_VRAM_BYTES: Final = 1 << 50
 """An ideal device that no model is too large for."""
@@ -69,7 +69,8 @@ class Budget:
 
         rig = with_ram(parse_gpus(gpus), ram, ram_reserve, reserve, desktop)
         rig = with_cpu(rig, cpu, cpu_cores)
-        label = gpus.replace(",", "+").replace(" ", "") + (f"-{ram.strip()}" if ram else "")
+        cards = gpus.replace(",", "+").replace(" ", "") if rig.gpus else "cpu"
+        label = cards + (f"-{ram.strip()}" if ram else "")
         return cls(label, make_settings(**settings), rig=rig)
 
     @classmethod
@@ -171,11 +172,17 @@ def with_ram(
 
     A desktop takes its share of the first GPU on top of a stated reserve, as it does of the
     automatic one.
+
+    Raises:
+        UsageError: no memory at all, or memory that CPU and GPU share counted twice.
     """
     host = rig.host
     if ram is not None:
         host = replace(host, capacity_bytes=parse_memory(ram, "--ram"))
+    _check_shared(rig, host.capacity_bytes)
     gpus = rig.gpus
+    if not gpus and host.capacity_bytes is None:
+        raise UsageError("without GPUs there is only RAM: add --ram")
     if reserve is not None:
         each = parse_size(reserve, "--reserve")
         gpus = tuple(replace(g, reserve_bytes=each) for g in gpus)
@@ -187,6 +194,22 @@ def with_ram(
         set_aside = parse_size(ram_reserve, "--ram-reserve")
     return replace(
         rig, gpus=gpus, host=host, desktop=rig.desktop or desktop, ram_reserve_bytes=set_aside
+    )
+
+
+def _check_shared(rig: Rig, ram_bytes: int | None) -> None:
+    """Refuse RAM that is the memory of the GPU as well, as on a Mac."""
+    from quantmix.rig.cards import cards
+
+    shared = [c for g in rig.gpus if (c := cards().get(g.card)) and c.kind == "uma"]
+    left = sum((c.memory_gib or 0) * GIB - (c.usable_bytes or 0) for c in shared)
+    if not shared or ram_bytes is None or ram_bytes <= left or len(shared) < len(rig.gpus):
+        return
+    card = shared[0]
+    raise UsageError(
+        f"--ram counts memory of {card.key} twice: CPU and GPU share its {card.memory_gib} GiB, of "
+        f"which {gib(card.usable_bytes or 0)} are the GPU's: leave --ram out, or give at most "
+        f"{left // GIB}G"
     )
 
 

@@ -64,6 +64,7 @@ def require_sense(request: Request) -> str:
     kinds = named(request)
     if len(kinds) > 1 or not (kinds or request.max_loss is not None):
         got = " and ".join(f"--{k}" for k in kinds) or "none"
+        got += "; for a CPU alone, --gpus none --ram SIZE" if request.ram and not kinds else ""
         raise UsageError(
             f"give one budget, --vram SIZE, --gpus LIST, --rig NAME or --size SIZE; got {got}"
         )
@@ -104,7 +105,9 @@ def names_a_machine(request: Request) -> bool:
     for flag in _NEEDS:
         if getattr(request, flag) not in (None, False):
             name = flag.replace("_", "-")
-            raise UsageError(f"--{name} means nothing where no GPU is named: add --gpus")
+            raise UsageError(
+                f"--{name} means nothing where no GPU is named: add --gpus LIST or none"
+            )
     return False
 
 

@@ -17,6 +17,7 @@ from quantmix.files import require_name
 from quantmix.ggml.header import tensor_bytes
 from quantmix.ggml.types import Engine, GgmlType, by_id, get, resolve
 from quantmix.loss.model import LossModel
+from quantmix.models.catalog import is_known
 from quantmix.models.inspect import stored_type
 from quantmix.models.model import Model, Tensor
 from quantmix.recipe import Optimality, PlannedTensor, Recipe
@@ -24,6 +25,11 @@ from quantmix.rule_lines import resolve_rules
 from quantmix.speed.prediction import Speed
 
 _MAX_RULES_BYTES: Final = 16 << 20
+_SOURCE: Final = re.compile(r"[^\s\"'=]+\.gguf", re.IGNORECASE)
+# What file names add to the name of a model: `-256x21B-BF16-00001-of-00030.gguf`.
+_SOURCE_FORM: Final = re.compile(
+    r"(-\d+x[\d.]+[BM])?(-(BF16|F16|F32|FP8))?(-\d{5}-of-\d{5})?\.gguf$", re.IGNORECASE
+)
 _MODEL_LINE: Final = re.compile(r"^#+\s*Model(?: name)?:\s*(\S+)\s*$", re.MULTILINE)
 
 
@@ -62,6 +68,10 @@ def import_rules(
     """
     found = resolve_rules(read_rules(file).splitlines(), model, engine, source=str(file))
     bare = [t.name for t in model.tensors if t.quantizable and t.name not in found]
+    if not found:
+        raise UsageError(
+            f"{file} holds no regex=type rule for any tensor of {model.id}: is it the right file?"
+        )
     if bare and default is None:
         raise UsageError(
             f"{file}: {len(bare)} of {len(model.tensors)} tensors are matched by no rule, as "
@@ -91,18 +101,21 @@ def read_rules(file: Path) -> str:
 
 
 def model_named_in(file: Path) -> str | None:
-    """Return the model that a rules file names: in a `# Model name:` line, else in its file name.
+    """Return the known model that a rules file names, None when it names none.
 
-    A file name counts up to its first dot that is not part of a version (`GLM-4.5-Air.me-3bpw…`).
+    A `# Model name:` line counts, then the file's name up to its first dot that is not part of a
+    version (`GLM-4.5-Air.me-3bpw…`), then the GGUF files of a pasted command.
 
     Raises:
         BadFile: the file cannot be read.
     """
-    found = _MODEL_LINE.search(read_rules(file))
+    text = read_rules(file)
+    found = _MODEL_LINE.search(text)
     if found:
         return found[1]
     head = re.split(r"\.(?!\d)", file.name)[0]
-    return head or None
+    sources = [_SOURCE_FORM.sub("", Path(name).name) for name in _SOURCE.findall(text)]
+    return next((name for name in (head, *sources) if is_known(name)), None)
 
 
 def layout_named_in(file: Path) -> str | None:
@@ -203,7 +216,7 @@ def _by_id(kind: GgmlType) -> int:
 
 
 def _stem(file: Path) -> str:
-    return re.sub(r"\.(recipe|txt|args|rules)(?=\.|$)", "", file.name)
+    return re.sub(r"\.(recipe|txt|args|rules|sh)(?=\.|$)", "", file.name)
 
 
 def _named(name: str, derived: str) -> str:

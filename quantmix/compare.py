@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from quantmix import recipe as recipes
-from quantmix.clone import as_source, import_rules, planned
+from quantmix.clone import as_source, import_rules, layout_named_in, model_named_in, planned
 from quantmix.errors import SourceMismatch, UsageError
 from quantmix.ggml.header import is_gguf
 from quantmix.ggml.types import Engine
@@ -111,9 +111,11 @@ def load_side(spec: str, *, model: str | None = None, engine: Engine = "ik") -> 
         found = recipes.load(path)
         return Side(found.name or spec, found.tensors)
     if path.is_file() and path.suffix != ".gguf" and not is_gguf(path):
-        if model is None:
+        named = model or model_named_in(path)
+        if named is None:
             raise UsageError(f"{spec} is a rules file: say which model it is for with --model")
-        return Side(path.name, import_rules(path, load_model(model), engine).tensors)
+        layout = None if model else layout_named_in(path)
+        return Side(path.name, import_rules(path, load_model(named, layout=layout), engine).tensors)
     stored = load_model(spec)
     written = {t.name: stored_type(t.source_type) for t in stored.tensors if t.quantizable}
     base = as_source(stored)
@@ -153,6 +155,7 @@ def _lines(
     a: Side, b: Side, changes: Iterable[Change], key: Callable[[PlannedTensor], str]
 ) -> tuple[Line, ...]:
     names = list(dict.fromkeys(key(t) for t in (*a.tensors, *b.tensors)))
+    names.sort(key=lambda n: int(n) if n.isdecimal() else -1)
     changed = [key(c.a) for c in changes]
     sums = {n: (_sum(a, key, n), _sum(b, key, n)) for n in names}
     return tuple(

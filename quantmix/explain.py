@@ -44,9 +44,29 @@ _SEVERITIES: Final = ("error", "warning", "note")
 # Options that a better line replaces; all others of the pasted line are kept as they were.
 _LAYOUT: Final = frozenset(
     {
-        *("ngl", "ts", "sm", "mg", "ot", "ncmoe", "cmoe", "fa", "mla", "amb", "fmoe", "ooae"),
+        *(
+            "ngl",
+            "ts",
+            "sm",
+            "mg",
+            "dev",
+            "ot",
+            "ncmoe",
+            "cmoe",
+            "fa",
+            "mla",
+            "amb",
+            "fmoe",
+            "ooae",
+        ),
         *("rtr", "c", "b", "ub", "ctk", "ctv", "np", "cram", "nkvo", "fit", "mtp"),
     }
+)
+
+
+_FOR_POSIX: Final = (
+    "the better line is written for a POSIX shell: on Windows set its variables first "
+    "(cmd: set NAME=VALUE) and put double quotes for single ones"
 )
 
 
@@ -125,6 +145,8 @@ def explain(
     startable = replace(settings, fa=settings.fa or needs_flash_attention(settings))
     better, why = _better(file, rig, startable, uses, scale)
     findings += why
+    if better and pasted.words and pasted.words[0].lower().endswith(".exe"):
+        findings.append(Finding("note", _FOR_POSIX))
     gain = _gain(file, machine, settings, placement, where, better)
     return Explanation(
         settings=settings,
@@ -135,21 +157,51 @@ def explain(
         holds=holds(model, machine, placement, where),
         speed=speed,
         better=better,
-        better_line=command_line(pasted, better.flags) if better else "",
+        better_line=command_line(pasted, better.flags, repack=not seen) if better else "",
         gain=gain,
     )
 
 
-def command_line(pasted: CommandLine, flags: OffloadFlags) -> str:
-    """Return the better flags as one shell command, options without a say in layout kept."""
+def command_line(pasted: CommandLine, flags: OffloadFlags, *, repack: bool = False) -> str:
+    """Return the better flags as one shell command, options without a say in layout kept.
+
+    `repack` keeps -rtr, which does harm only where a GPU would speed up prompts.
+    """
     env = {k: v for k, v in pasted.env.items() if not k.startswith("CUDA_")} | flags.env
-    parts = [f"{k}={shlex.quote(v)}" for k, v in env.items()]
-    parts += [shlex.quote(w) for w in pasted.words[:1]] or ["llama-server"]
+    program = pasted.words[0] if pasted.words else "llama-server"
+    parts = _started(pasted.launcher, [f"{k}={shlex.quote(v)}" for k, v in env.items()])
+    parts.append(_quoted(program))
     for option in pasted.options:
-        if option.name not in _LAYOUT:
+        if option.name not in _LAYOUT or (option.name == "rtr" and repack):
             parts.append(option.spelling)
-            parts += [shlex.quote(option.value)] if option.value is not None else []
+            parts += [_quoted(option.value)] if option.value is not None else []
     return " ".join([*parts, *(shlex.quote(f) for f in flags.flags)])
+
+
+def _started(launcher: Sequence[str], env: Sequence[str]) -> list[str]:
+    """Return what stands before the program, the environment where the program gets to see it.
+
+    `sudo` drops what stands before it, and a container gets only what `-e` names.
+    """
+    words = [w if w in ("&&", ";", "||") or w.endswith(";") else _quoted(w) for w in launcher]
+    programs = {w.rsplit("/", 1)[-1] for w in launcher}
+    if programs & {"docker", "podman"}:
+        return [*words, *(part for e in env for part in ("-e", e))]
+    if "sudo" in programs:
+        return [*words, *([] if words[-1] == "env" else ["env"]), *env]
+    start = max(
+        (i + 1 for i, w in enumerate(words) if w in ("&&", ";") or w.endswith(";")), default=0
+    )
+    return [*words[:start], *env, *words[start:]]
+
+
+def _quoted(word: str) -> str:
+    """Quote a pasted word for a shell, which shall still see a home folder and variables."""
+    if word.startswith("~/"):
+        return "~/" + shlex.quote(word[2:])
+    if re.search(r"\$(\w|\{\w+\})", word) and not re.search(r"[\"`\\]", word):
+        return f'"{word}"'
+    return shlex.quote(word)
 
 
 def type_in_name(name: str, engine: Engine) -> str | None:
@@ -174,9 +226,20 @@ def _guessed_rig(command: CommandLine) -> Rig:
 
 def _seen(rig: Rig, command: CommandLine) -> tuple[list[int], list[Finding]]:
     try:
-        return visible(rig, command.env), []
+        seen, findings = visible(rig, command.env), []
     except UsageError as err:
-        return list(range(len(rig.gpus))), [Finding("warning", f"{err}: ignored here")]
+        seen = list(range(len(rig.gpus)))
+        findings = [Finding("warning", f"{err}: ignored here")]
+    text = command.value("dev")
+    if text is None:
+        return seen, findings
+    names = {f"CUDA{i}": gpu for i, gpu in enumerate(seen)}
+    chosen = [] if text == "none" else text.split(",")
+    if not set(chosen) <= set(names):
+        known = ", ".join(names) or "none"
+        text = f"-dev {text}: the engine sees {known} here; taken as not given"
+        return seen, [*findings, Finding("warning", text)]
+    return [names[n] for n in chosen], findings
 
 
 def _numbering(rig: Rig, seen: Sequence[int]) -> list[Finding]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from quantmix.errors import BadFile
+from quantmix.ggml.header import is_gguf
 from quantmix.loss.quality import Quality
 from quantmix.memory.settings import Settings
 from quantmix.speed.prediction import Speed
@@ -138,6 +139,16 @@ class Recipe:
     refined: dict[str, Any] | None = None
     """What `refine` measured, for a recipe that it made; the key is left out of others."""
 
+    @property
+    def with_imatrix(self) -> bool:
+        """Whether it was designed to be quantized with an importance matrix."""
+        return "--imatrix" in self.commands.get("quantize", ())
+
+    @property
+    def quantize_arguments(self) -> str:
+        """What quantize.sh is called with, words that stand for files."""
+        return "SOURCE.gguf OUT.gguf" + (" IMATRIX.dat" if self.with_imatrix else "")
+
     def to_json(self) -> dict[str, Any]:
         """Return the document as plain JSON values, keys in CONTRACT order."""
         doc: dict[str, Any] = {"schema": SCHEMA, "quantmix": self.quantmix, "created": self.created}
@@ -214,9 +225,15 @@ def load(path: str | Path) -> Recipe:
     try:
         doc = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
+        inside = sorted(p.parent for p in file.parent.glob("*/recipe.json"))
+        if file != Path(path) and inside:
+            raise BadFile(f"{path} is a folder of recipes: name one, like {inside[0]}") from None
         raise BadFile(f"no recipe at {path}: make one with `quantmix design`") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as err:
-        raise BadFile(f"{file} cannot be read as a recipe: {err}") from err
+    except OSError as err:
+        raise BadFile(f"{file} cannot be read: {err.strerror or err}") from err
+    except ValueError as err:
+        made = "`quantmix clone` makes one of a GGUF" if is_gguf(file) else "name its folder"
+        raise BadFile(f"{file} is no recipe of quantmix ({made})") from err
     if not isinstance(doc, dict) or doc.get("schema") != SCHEMA:
         raise BadFile(f"{file} is not a quantmix recipe of schema {SCHEMA}")
     try:

@@ -177,6 +177,7 @@ def fulfil(
             *trained.notes(model),
             *_profile_note(request, model, found),
             *_speed_note(request, found),
+            *_own_note(request, model, options),
             *written.notes,
         ),
     )
@@ -220,6 +221,23 @@ def _speed_note(request: Request, found: Design) -> tuple[str, ...]:
 
     guess = assumed(found.rig) if request.min_tps is not None and found.rig is not None else ""
     return (f"--min-tps {request.min_tps:g} was judged with assumed {guess}",) if guess else ()
+
+
+def _own_note(request: Request, model: Model, options: Options) -> tuple[str, ...]:
+    """Say when --own found too little to go by."""
+    from quantmix.loss.predictor import FittedModel
+
+    if not request.own:
+        return ()
+    if request.measurements is not None:
+        return ("--own changed nothing: --measurements goes before it",)
+    if FittedModel.of_own(model, options.own, imatrix=options.limits.imatrix) is not None:
+        return ()
+    n = len({m.mix for m in options.own if m.ln_ratio is not None})
+    return (
+        "--own changed nothing: it needs three mixes of this model that were verified with --base "
+        f"on the same text and chunks, and the store has {n} in all",
+    )
 
 
 def own_measurements(model: Model, db: str | Path | None = None) -> tuple[Measurement, ...]:

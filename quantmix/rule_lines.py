@@ -12,7 +12,18 @@ from quantmix.models.model import Model
 
 _COMMENT = re.compile(r"(^|\s)#.*$")
 _FLAG = re.compile(r"^--(custom-q|tensor-type)(?:=(.*))?$", re.DOTALL)
-_HAS_FLAG = re.compile(r"(^|\s)--(custom-q|tensor-type)(?=[\s=]|$)")
+_HAS_FLAG = re.compile(
+    r"(^|\s)--(custom-q|tensor-type|token-embedding-type|output-tensor-type)(?=[\s=]|$)"
+)
+# Flags that type one tensor: in both engines they win over the rules.
+_ONE = {
+    "token-embedding-type": r"^token_embd\.weight$",
+    "output-tensor-type": r"^output\.weight$",
+}
+_ONE_FLAG = re.compile(rf"^--({'|'.join(_ONE)})(?:=(.*))?$", re.DOTALL)
+# `custom="` on a line of its own up to a line with the closing quote, or a here-document.
+_OPENS = re.compile(r"""^(\w+)=(?:(["'])|\$\(cat\s+<<-?\s*["']?(\w+)["']?)$""")
+_VARIABLE = re.compile(r"\$\{?(\w+)\}?")
 
 
 def parse_rules(
@@ -21,10 +32,12 @@ def parse_rules(
     """Return (regex, type) in order. Blank lines and `#` comments are skipped.
 
     A line may hold several rules joined by commas, as in ik's `--custom-q`; it may also be a
-    pasted command, of which the values of `--custom-q` and `--tensor-type` count, quotes and
-    backslashes read as a shell reads them. Types may be written in any case; they come back
-    spelled as the engine spells them. Patterns for mainline are lowercased, as mainline does
-    (tools/quantize/quantize.cpp parse_tensor_type). `source` is the file to name in errors.
+    pasted command, of which the values of `--custom-q`, `--tensor-type`, `--token-embedding-type`
+    and `--output-tensor-type` count, quotes and backslashes read as a shell reads them, or the
+    script that quantizers publish: rules in `custom="…"`, then `--custom-q "$custom"`. Types may be
+    written in any case; they come back spelled as the engine spells them. Patterns for mainline are
+    lowercased, as mainline does (tools/quantize/quantize.cpp parse_tensor_type). `source` is the
+    file to name in errors.
 
     Raises:
         UsageError: a line is not a rule, its regex is malformed, or the type is unknown.
@@ -92,8 +105,11 @@ def taken_by_accident(lines: Iterable[str], model: Model, engine: Engine = "ik")
 
 
 def _parts(lines: Sequence[str], source: str) -> Iterator[tuple[int, str]]:
-    """Yield every rule as (number of its line, text), those of pasted commands included."""
+    """Yield every rule as (number of its line, text), those of commands and scripts included."""
     texts = [_COMMENT.sub("", line).strip() for line in lines]
+    blocks, texts = _cut_blocks(texts)
+    first: list[tuple[int, str]] = []
+    found: list[tuple[int, str]] = []
     at = 0
     while at < len(texts):
         end = at + 1
@@ -102,12 +118,43 @@ def _parts(lines: Sequence[str], source: str) -> Iterator[tuple[int, str]]:
         if any(_HAS_FLAG.search(t) for t in texts[at:end]):
             words, end = _words(texts, at, end, source)
             values = _values(words)
+            first += [(at + 1, rule) for rule in _single(words)]
         else:
             end = at + 1
-            values = [texts[at]]
-        for part in filter(None, (p.strip() for v in values for p in re.split(r"[,\n]", v))):
-            yield next((i + 1 for i in range(at, end) if part in texts[i]), at + 1), part
+            values = [] if blocks else [texts[at]]  # the other commands of a script
+        for value in values:
+            variable = _VARIABLE.fullmatch(value)
+            if variable and variable[1] in blocks:
+                found += blocks[variable[1]]
+                continue
+            for part in filter(None, (p.strip() for p in re.split(r"[,\n]", value))):
+                number = next((i + 1 for i in range(at, end) if part in texts[i]), at + 1)
+                found.append((number, part))
         at = end
+    if blocks and not found:
+        found = [part for block in blocks.values() for part in block]
+    yield from first
+    yield from found
+
+
+def _cut_blocks(texts: Sequence[str]) -> tuple[dict[str, list[tuple[int, str]]], list[str]]:
+    """Return the rules that shell variables hold, by name, and the lines without them."""
+    blocks: dict[str, list[tuple[int, str]]] = {}
+    rest = list(texts)
+    for start, text in enumerate(texts):
+        opened = _OPENS.match(text)
+        close = opened and (opened[2] or opened[3])
+        if not opened or not close or close not in texts[start + 1 :]:
+            continue
+        end = texts.index(close, start + 1)
+        blocks[opened[1]] = [
+            (i + 1, part.strip())
+            for i in range(start + 1, end)
+            for part in texts[i].split(",")
+            if part.strip()
+        ]
+        rest[start : end + 1] = [""] * (end + 1 - start)
+    return blocks, rest
 
 
 def _words(texts: Sequence[str], at: int, end: int, source: str) -> tuple[list[str], int]:
@@ -129,6 +176,16 @@ def _values(words: Sequence[str]) -> list[str]:
         if match:
             values.append(following if match[2] is None else match[2])
     return values
+
+
+def _single(words: Sequence[str]) -> list[str]:
+    """Return the flags that type one tensor as rules."""
+    rules = []
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        match = _ONE_FLAG.match(word)
+        if match:
+            rules.append(f"{_ONE[match[1]]}={following if match[2] is None else match[2]}")
+    return rules
 
 
 def _where(source: str, number: int) -> str:

@@ -62,6 +62,13 @@ def test_unknown_variants(tmp_path: Path) -> None:
         demo.build("noisy")  # type: ignore[arg-type]
 
 
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    """Before anything is fetched."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match=r"cannot write .*file/m\.gguf"):
+        demo.build("dithered", tmp_path / "file" / "m.gguf")
+
+
 def test_shipped_texts_are_disjoint_plain_and_small() -> None:
     """The three texts share no passage, are ASCII, and stay below 600 KB together."""
     texts = {name: text(name).read_text() for name in ("imatrix", "probe", "test")}  # type: ignore[arg-type]

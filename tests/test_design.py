@@ -13,11 +13,14 @@ import pytest
 import quantmix as qm
 from quantmix.budget import Budget
 from quantmix.design import run
+from quantmix.emit.readme import readme
 from quantmix.errors import EngineError, InfeasibleBudget, UnknownName, UsageError
+from quantmix.models.ghost import write_ghost
 from quantmix.models.model import Model
 from quantmix.options import Options
 from quantmix.palette import TypeLimits
 from quantmix.recipe import Recipe
+from quantmix.request import Request, fulfil
 from quantmix.units import GIB, parse_size
 
 
@@ -126,6 +129,16 @@ def test_a_pin_below_a_floor_is_refused(small: Model) -> None:
         above = TypeLimits(pins=(("ffn_down", name),), floors=floors)
         made = run(small, Budget.from_size("6.8bpw"), Options(limits=above)).recipe
         assert {t.type for t in made.tensors if t.role == "ffn_down"} == {name}
+
+
+def test_commands_name_an_imatrix_where_one_is_planned(small: Model) -> None:
+    """With --no-imatrix neither the command nor the page asks for a file that there is not."""
+    for imatrix in (True, False):
+        options = Options(limits=TypeLimits(imatrix=imatrix))
+        made = run(small, Budget.from_size("5bpw"), options).recipe
+        assert ("--imatrix" in made.commands["quantize"]) == imatrix
+        assert ("IMATRIX.dat" in readme(made)) == imatrix
+        assert made.with_imatrix == imatrix
 
 
 def test_damage_never_rises_with_the_budget(r1: Model) -> None:
@@ -490,3 +503,12 @@ def test_a_gpu_without_weights_is_hidden(engine: str) -> None:
     assert made.devices[0].used_bytes == made.devices[1].used_bytes == 0
     assert made.offload["env"]["CUDA_VISIBLE_DEVICES"] == ""
     assert visible(budget.rig, made.offload["env"]) == []
+
+
+def test_own_measurements_that_are_too_few_are_told(tmp_path: Path) -> None:
+    """--own with an empty store, or behind --measurements, says that it changed nothing."""
+    file = tmp_path / "m.gguf"
+    write_ghost(file, qm.load_model("smollm2-135m"))
+    asked = Request(model=str(file), size="4bpw", own=True, no_check=True, out=tmp_path / "r")
+    (note,) = fulfil(asked, db=tmp_path / "m.db").notes
+    assert "the store has 0 in all" in note

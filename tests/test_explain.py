@@ -167,6 +167,63 @@ def test_calibration_names_what_is_not_known_of_the_rig() -> None:
         explain(line, r1(), sizes, THEN, measured_tps=4.0)
 
 
+@pytest.mark.parametrize(
+    ("start", "kept"),
+    [
+        (
+            "numactl --interleave=all ./llama-server",
+            "{env} numactl --interleave=all ./llama-server",
+        ),
+        ("cd /opt && ./llama-server", "cd /opt && {env} ./llama-server"),
+        ("sudo nice -n -5 ./llama-server", "sudo nice -n -5 env {env} ./llama-server"),
+        (
+            "docker run -e CUDA_VISIBLE_DEVICES=1 -p 80:80 ggml-org/llama.cpp:server-cuda",
+            "docker run -p 80:80 -e {env} ggml-org/llama.cpp:server-cuda",
+        ),
+    ],
+)
+def test_the_better_line_is_started_as_the_pasted_one_was(start: str, kept: str) -> None:
+    """Wrappers and containers stay before the program, which gets to see the environment."""
+    found = explain(f"{start} -m x.gguf -ngl 99 -ot exps=CPU", r1(), his_rig(), Settings())
+    env = ["CUDA_DEVICE_ORDER=PCI_BUS_ID", "CUDA_VISIBLE_DEVICES=0,1,2,3"]
+    joined = (" -e " if "docker" in start else " ").join(env)
+    assert found.better_line.startswith(f"{kept.format(env=joined)} -m x.gguf -ngl 999 ")
+
+
+def test_paths_that_the_shell_completes_stay_so() -> None:
+    """A home folder and a variable are quoted so that the shell still sees them."""
+    line = '~/ik/llama-server -m "$MODELS/a b.gguf" --alias "x y" -ngl 99 -ot exps=CPU -c 4096'
+    better = explain(line, r1(), his_rig(), Settings()).better_line
+    assert " ~/ik/llama-server -m \"$MODELS/a b.gguf\" --alias 'x y' -ngl " in better
+
+
+def test_a_line_of_windows_is_told_what_to_write_there() -> None:
+    """cmd.exe knows neither single quotes nor variables in front of a program."""
+    for program, told in (("llama-server.exe", True), ("./llama-server", False)):
+        found = explain(f"{program} -m x.gguf -ngl 99 -c 4096", r1(), his_rig(), Settings())
+        assert said(found, "on Windows") == told
+
+
+def test_devices_that_are_named_are_the_ones_that_count() -> None:
+    """-dev hides the other cards and is not kept; what the engine does not have is told."""
+    line = "./llama-server -m x.gguf -ngl 99 -ot exps=CPU -c 4096 -dev "
+    found = explain(line + "CUDA2,CUDA1", qwen(), his_rig(), Settings())
+    used = [d.name for d in found.devices if d.kv_bytes]
+    assert used == ["GPU1", "GPU2"]
+    assert " -dev " not in found.better_line
+    assert said(explain(line + "Vulkan0", qwen(), his_rig(), Settings()), "-dev Vulkan0")
+
+
+def test_on_a_machine_without_gpus_no_layer_is_missed_on_one() -> None:
+    """Layers in RAM are no fault where there is no GPU to put them on, nor is -rtr."""
+    rig = with_ram(parse_gpus("none"), "512G", None, None, False)
+    found = explain("./llama-server -m x.gguf -c 4096 -rtr", qwen(), rig, Settings())
+    assert not said(found, "in RAM, KV cache included")
+    assert found.better is not None
+    assert " -rtr -ngl 0 " in found.better_line
+    assert " -rtr" not in explain("-rtr -c 4096", qwen(), his_rig(), Settings()).better_line
+
+
 def test_the_better_line_starts_where_the_pasted_one_does_not() -> None:
     """A quantized V cache gets the flash attention that it needs."""
     found = explain("-ngl 99 -fa off -ctv q8_0 -c 4096", qwen(), his_rig(), Settings())

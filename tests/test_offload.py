@@ -7,9 +7,10 @@ from functools import cache
 
 import pytest
 
-from quantmix.budget import with_ram
+from quantmix.budget import make_settings, with_ram
 from quantmix.emit.simulate import replay
-from quantmix.errors import InfeasibleBudget
+from quantmix.errors import InfeasibleBudget, UsageError
+from quantmix.ggml.types import Engine
 from quantmix.memory.model import HOST
 from quantmix.memory.settings import Settings
 from quantmix.models.sources import load_model
@@ -156,3 +157,52 @@ def test_a_card_too_small_to_be_of_use_is_left_out(
     assert [replace(u, name="") for u in plan.devices[1:]] == [
         replace(u, name="") for u in wanted.devices
     ]
+
+
+def test_a_machine_without_gpus_is_named_none() -> None:
+    """`--gpus none` leaves everything to RAM, which must be stated."""
+    file = stored(load_model("qwen3-30b-a3b"), "ik", "q4_K")
+    plan = place(file, with_ram(parse_gpus("none"), "32G", None, None, False), Settings(ctx=4096))
+    assert [d.name for d in plan.devices] == ["CPU"]
+    assert plan.flags.flags[:2] == ["-ngl", "0"]
+    assert plan.flags.env == {}
+    with pytest.raises(UsageError, match="add --ram"):
+        with_ram(parse_gpus("none"), None, None, None, False)
+
+
+def test_a_context_beyond_the_trained_one_is_told() -> None:
+    """Per slot: 65536 tokens for one of 40960 are too many, for two slots they are not."""
+    file = stored(load_model("qwen3-30b-a3b"), "ik", "q4_K")
+    rig = with_ram(parse_gpus("rtx-3090"), None, None, None, False)
+    for parallel, told in ((1, True), (2, False)):
+        settings = Settings(ctx=65536, ctk="q8_0", ctv="q8_0", parallel=parallel)
+        notes = place(file, rig, settings).flags.notes
+        assert any("more than the 40960" in n for n in notes) == told
+
+
+def test_memory_that_cpu_and_gpu_share_is_not_counted_twice() -> None:
+    """RAM of a Mac beyond what its GPU leaves is refused; a card of its own keeps its RAM."""
+    with pytest.raises(UsageError, match=r"share its 128 GiB.* give at most 32G"):
+        with_ram(parse_gpus("apple-m4-max-40c"), "128G", None, None, False)
+    assert with_ram(parse_gpus("apple-m4-max-40c"), "32G", None, None, False).has_ram
+    assert with_ram(parse_gpus("rtx-3090"), "128G", None, None, False).has_ram
+
+
+@pytest.mark.parametrize(
+    ("card", "engine", "told"),
+    [
+        ("apple-m4-max-40c", "ik", True),
+        ("strix-halo", "ik", True),
+        ("tesla-p40", "ik", True),
+        ("rtx-2080-ti", "ik", False),
+        ("96G", "ik", False),
+        ("apple-m4-max-40c", "mainline", False),
+    ],
+)
+def test_cards_that_ik_is_not_made_for_are_told(card: str, engine: Engine, told: bool) -> None:
+    """ik_llama.cpp supports CUDA from Turing on; a Mac gets no CUDA environment."""
+    file = stored(load_model("qwen3-4b"), engine, "q4_K")
+    rig = with_ram(parse_gpus(card), None, None, None, False)
+    flags = place(file, rig, make_settings(engine, ctx=4096)).flags
+    assert any("use --engine mainline" in n for n in flags.notes) == told
+    assert bool(flags.env) == (not card.startswith("apple"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -130,3 +131,11 @@ def test_the_command_prints_one_json_document(capsys: pytest.CaptureFixture[str]
     doc = json.loads(capsys.readouterr().out)
     assert {"size", "quality", "roles", "unmatched"} <= set(doc)
     assert doc["quality"]["ppl_low"] < doc["quality"]["ppl"] < doc["quality"]["ppl_high"]
+
+
+def test_people_get_the_interval_too(capsys: pytest.CaptureFixture[str]) -> None:
+    """Where no base perplexity is known, the rise in percent has its interval as in a design."""
+    from quantmix.cli.predict import predict as command
+
+    command("qwen3-0.6b", uniform="iq4_ks")
+    assert re.search(r"predicted PPL \+[\d.]+% \[.*%, .*%\] at 90%", capsys.readouterr().err)

@@ -56,6 +56,45 @@ def test_pasted_commands_give_their_rules(text: str) -> None:
     assert found == [(r"blk\..*\.ffn_up", "iq2_k"), (r"output\.weight", "q8_0")]
 
 
+SCRIPT = r"""#!/usr/bin/env bash
+custom="
+# Attention
+blk\..*\.attn_q.*=q8_0
+
+token_embd\.weight=IQ4_K
+"
+
+custom=$(
+  echo "$custom" | grep -v '^#' | \
+  sed -Ez 's:\n+:,:g;s:,$::;s:^,::'
+)
+
+./build/bin/llama-quantize \
+    --custom-q "$custom" \
+    --imatrix m.dat \
+    Some-BF16.gguf out.gguf IQ3_K 24
+"""
+HERE = SCRIPT.replace('custom="', "custom=$(cat <<'RULES'", 1).replace('\n"\n', "\nRULES\n)\n", 1)
+
+
+@pytest.mark.parametrize("text", [SCRIPT, HERE, SCRIPT.split("custom=$(")[0]])
+def test_the_script_that_quantizers_publish_gives_its_rules(text: str) -> None:
+    """Rules in a shell variable count, the script around them does not; lines keep their number."""
+    found = [(r.pattern, q) for r, q in parse_rules(text.splitlines())]
+    assert found == [(r"blk\..*\.attn_q.*", "q8_0"), (r"token_embd\.weight", "iq4_k")]
+    with pytest.raises(UsageError, match="line 6: ik has no type 'q9_9'"):
+        parse_rules(text.replace("IQ4_K", "q9_9").splitlines())
+
+
+def test_flags_for_one_tensor_win_over_the_rules() -> None:
+    """--token-embedding-type and --output-tensor-type type these two, whatever the rules say."""
+    text = '--custom-q "token_embd=q8_0,.*=iq3_k" --token-embedding-type q4_K '
+    text += "--output-tensor-type=q6_K in.gguf Q4_K"
+    types = resolve_rules([text], load_model("qwen3-30b-a3b"))
+    assert (types["token_embd.weight"], types["output.weight"]) == ("q4_K", "q6_K")
+    assert types["blk.0.attn_output.weight"] == "iq3_k"
+
+
 def test_mistakes_in_pasted_commands_have_their_line() -> None:
     """The line that holds the rule; quotes that never close."""
     with pytest.raises(UsageError, match="line 3: ik has no type 'q9_9'"):

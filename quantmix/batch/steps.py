@@ -340,7 +340,7 @@ def verify(order: _Order) -> Made:
     )
     document = found.to_json()
     text_form = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False)
-    (order.stage / "verify.json").write_text(text_form + "\n", encoding="utf-8")
+    (order.stage / "verify.json").write_text(text_form + "\n", "utf-8", "backslashreplace")
     kld = document["kld"]
     result = {
         "ppl": document["ppl"],
@@ -369,7 +369,7 @@ def report(order: _Order) -> Made:
                 for row in everything.find(data=measured["data"], corpus=measured["corpus"])[-1:]:
                     store.add(row)
     page = pages.design_page(build.design(order.folder, db=private))
-    (order.stage / "report.html").write_text(page, encoding="utf-8")
+    (order.stage / "report.html").write_text(page, "utf-8", "backslashreplace")
     return Made({}, (("report.html", f"{order.name}/report.html"),))
 
 

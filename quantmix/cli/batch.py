@@ -57,7 +57,7 @@ def batch(
     disk_bytes = parse_size(disk, "--disk") if disk else loaded.disk_bytes
     with _stoppable(), open_batch(loaded, readonly=dry_run) as opened:
         plan = plan_document(opened)
-        print_plan(screen, plan)
+        print_plan(screen, plan, reasons=dry_run)
         if dry_run:
             if as_json:
                 print_json(plan)

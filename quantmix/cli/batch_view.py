@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from quantmix.cli.common import wide
 from quantmix.units import gib
 
 if TYPE_CHECKING:
@@ -27,16 +28,21 @@ _MARKS = {
 _ROWS = 60  # more items than this are summed up, not listed
 
 
-def print_plan(screen: Console, plan: Mapping[str, Any]) -> None:
-    """Print what would run."""
+def print_plan(screen: Console, plan: Mapping[str, Any], *, reasons: bool = False) -> None:
+    """Print what would run; with `reasons` why what would fail does."""
     from rich.text import Text
 
     counts = plan["counts"]
     todo = counts["run"] + counts["later"]
     text = f": {len(plan['items'])} recipes, {sum(counts.values())} steps: "
     text += f"{counts['done']} up to date, {todo} to run"
-    text += f", {counts['failed']} failed before and would again" if counts["failed"] else ""
+    text += f", {counts['failed']} would fail" if counts["failed"] else ""
     screen.print(Text.assemble((plan["pipeline"], "bold"), text))
+    if reasons:
+        for row, step in ((r, s) for r in plan["items"] for s in r["steps"]):
+            if step["plan"] == "failed":
+                line = f" {step['step']}: {step['reason']}"
+                screen.print(Text.assemble((_name(row), "red"), line))
     if todo == 0:
         return
     screen.print(
@@ -52,7 +58,7 @@ def print_plan(screen: Console, plan: Mapping[str, Any]) -> None:
             duration(row["seconds"]),
             gib(row["file_bytes"]) if row["file_bytes"] else "",
         )
-    screen.print(table)
+    wide(screen).print(table)
     if len(shown) > _ROWS:
         screen.print(f"… and {len(shown) - _ROWS} more", style="dim")
 
@@ -63,7 +69,7 @@ def print_summary(screen: Console, document: Mapping[str, Any]) -> None:
 
     counts = document["counts"]
     if len(document["items"]) <= _ROWS:
-        screen.print(_summary_table(document))
+        wide(screen).print(_summary_table(document))
     for row in document["items"]:
         if not row["ok"]:
             log = next((s["log"] for s in row["steps"] if s["log"]), "")

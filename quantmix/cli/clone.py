@@ -50,7 +50,7 @@ def import_(
     file: Annotated[
         Path,
         typer.Argument(
-            help="File of regex=type lines, a pasted llama-quantize command with --custom-q or "
+            help="File of regex=type lines, a script or pasted command with --custom-q or "
             "--tensor-type, or a .csv of KLD per tensor."
         ),
     ],
@@ -83,7 +83,7 @@ def import_(
 
     spec = model or cloning.model_named_in(file)
     if spec is None:
-        raise UsageError(f"{file} names no model: say which with --model")
+        raise UsageError(f"{file} names no model that is known here: say which with --model")
     known = one_of("engine", engine, ENGINES)
     loaded = load_model(spec, layout=layout or cloning.layout_named_in(file))
     recipe = cloning.import_rules(file, loaded, known, default=default, name=name or "")

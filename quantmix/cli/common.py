@@ -7,14 +7,18 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from quantmix.errors import QuantmixError, UnknownName
+from quantmix.errors import QuantmixError, UnknownName, UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
+
+_LEAST_WIDTH = 100
 
 F = TypeVar("F", bound=Callable[..., Any])
 Choice = TypeVar("Choice", bound=str)
@@ -58,7 +62,32 @@ def one_of(kind: str, value: str, choices: Sequence[Choice]) -> Choice:
 
 def print_json(doc: Any) -> None:
     """Print one JSON document on stdout; NaN is a bug, so it raises."""
-    print(json.dumps(doc, indent=2, ensure_ascii=False, allow_nan=False))
+    text = json.dumps(doc, indent=2, ensure_ascii=False, allow_nan=False)
+    if _shown(text) != text:
+        text = json.dumps(doc, indent=2, allow_nan=False)
+    print_out(text)
+
+
+def print_out(text: str) -> None:
+    """Print a result on stdout, at once.
+
+    Raises:
+        UsageError: stdout cannot take it, as a file on a full disk.
+    """
+    try:
+        print(_shown(text), flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as err:
+        with suppress(OSError, ValueError):  # what is left unwritten would fail again at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise UsageError(f"standard output cannot be written: {err.strerror or err}") from err
+
+
+def _shown(text: str) -> str:
+    """Return `text` with what stdout has no characters for escaped (names that are no UTF-8)."""
+    encoding = sys.stdout.encoding or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 @functools.cache
@@ -71,3 +100,22 @@ def console(quiet: bool = False) -> Console:
 
     width = None if sys.stderr.isatty() else 110
     return Console(stderr=True, quiet=quiet, markup=False, highlight=False, width=width)
+
+
+def print_table(out: Console, table: Table) -> None:
+    """Print a table of which nothing is cut: names to copy stay whole, other cells are folded."""
+    for column in table.columns:
+        column.overflow = "fold"
+    table.columns[0].no_wrap = True
+    wide(out).print(table)
+
+
+def wide(out: Console) -> Console:
+    """Return the console for tables: a narrow terminal wraps their lines and loses nothing."""
+    from rich.console import Console
+
+    if out.width >= _LEAST_WIDTH:
+        return out
+    return Console(
+        file=out.file, quiet=out.quiet, markup=False, highlight=False, width=_LEAST_WIDTH
+    )

@@ -6,7 +6,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from quantmix.cli.common import JsonFlag, QuietFlag, answer_errors, console, one_of, print_json
+from quantmix.cli.common import (
+    JsonFlag,
+    QuietFlag,
+    answer_errors,
+    console,
+    one_of,
+    print_json,
+    print_table,
+)
 
 if TYPE_CHECKING:
     from quantmix.compare import Difference, Line
@@ -81,7 +89,7 @@ def _print(found: Difference, by: str, quiet: bool) -> None:
         f"{found.b.damage:.5f}",
     )
     out = console(quiet)
-    out.print(table)
+    print_table(out, table)
     out.print(
         f"{len(found.changes)} tensors differ in type"
         + (f", {len(found.only_a)} only in A" if found.only_a else "")

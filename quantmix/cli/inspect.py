@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from quantmix.cli import options
-from quantmix.cli.common import JsonFlag, QuietFlag, answer_errors, console, one_of, print_json
+from quantmix.cli.common import (
+    JsonFlag,
+    QuietFlag,
+    answer_errors,
+    console,
+    one_of,
+    print_json,
+    print_table,
+)
 
 if TYPE_CHECKING:
     from quantmix.models.inspect import Group, Row
@@ -112,6 +120,6 @@ def _print(
             ", ".join(f"{n} {t}" if by != "tensor" else t for t, n in g.types.items()),
         )
     out = console(quiet)
-    out.print(table)
+    print_table(out, table)
     for note in model.notes:
         out.print(f"note: {note}", style="dim")

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from quantmix.cli.common import JsonFlag, QuietFlag, answer_errors, console, print_json
+from quantmix.cli.common import JsonFlag, QuietFlag, answer_errors, console, print_json, print_table
 
 
 def register(app: typer.Typer) -> None:
@@ -34,6 +34,13 @@ def models(
     if as_json:
         print_json({"models": [entry.to_json() for entry in found]})
         return
+    if not found:
+        asked = " ".join(words or [])
+        text = (
+            f"no known model is named {asked!r}: `quantmix models` lists all, and a GGUF, a folder"
+        )
+        console(quiet).print(f"{text} of a checkpoint or hf:org/name works too")
+        return
     table = Table(title=f"{len(found)} models")
     for head in ("id", "architecture", "weights", "tensors", "context", "verified", "aliases"):
         numbers = head in ("weights", "tensors", "context")
@@ -48,4 +55,4 @@ def models(
             e.verified,
             ", ".join(e.aliases),
         )
-    console(quiet).print(table)
+    print_table(console(quiet), table)

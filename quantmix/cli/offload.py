@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from quantmix.cli import options
-from quantmix.cli.common import JsonFlag, QuietFlag, answer_errors, console, print_json
+from quantmix.cli.common import (
+    JsonFlag,
+    QuietFlag,
+    answer_errors,
+    console,
+    print_json,
+    print_out,
+    print_table,
+)
 
 if TYPE_CHECKING:
     from quantmix.explain import Explanation
@@ -138,7 +146,7 @@ def _placed(
     plan: OffloadPlan, file: StoredModel, settings: Settings, as_json: bool, quiet: bool
 ) -> None:
     if as_json:
-        print_json({**_head(file, settings), **_plan_json(plan)})
+        print_json({**_head(file, settings), **_plan_json(plan, file)})
         return
     out = console(quiet)
     _device_table(plan.devices, out, plan.holds)
@@ -147,7 +155,7 @@ def _placed(
         _styled_line(out, "warning", "yellow", warning)
     for note in plan.flags.notes:
         out.print(note, style="dim")
-    print(_shell(plan))
+    print_out(_shell(plan, file))
 
 
 def _explained(
@@ -159,7 +167,7 @@ def _explained(
         better = None
         if found.better is not None:
             better = {
-                **_plan_json(found.better),
+                **_plan_json(found.better, file),
                 "line": found.better_line,
                 "gain": found.gain,
             }
@@ -189,7 +197,7 @@ def _explained(
         faster = f", predicted {found.gain:.2f}x as fast" if found.gain else ""
         out.print(f"\nbetter{faster}:")
         _device_table(found.better.devices, out, found.better.holds)
-        print(found.better_line)
+        print_out(found.better_line)
 
 
 def _head(file: StoredModel, settings: Settings) -> dict[str, Any]:
@@ -202,23 +210,25 @@ def _head(file: StoredModel, settings: Settings) -> dict[str, Any]:
     }
 
 
-def _plan_json(plan: OffloadPlan) -> dict[str, Any]:
+def _plan_json(plan: OffloadPlan, file: StoredModel) -> dict[str, Any]:
     from dataclasses import asdict
 
     return {
         "devices": [{**asdict(d), "holds": plan.holds[d.name]} for d in plan.devices],
         "speed": asdict(plan.speed),
         "offload": {"flags": plan.flags.flags, "env": plan.flags.env},
-        "line": _shell(plan),
+        "line": _shell(plan, file),
         "warnings": list(plan.warnings),
         "notes": list(plan.flags.notes),
     }
 
 
-def _shell(plan: OffloadPlan) -> str:
+def _shell(plan: OffloadPlan, file: StoredModel) -> str:
     from quantmix.emit.scripts import shell_line
+    from quantmix.models.sources import first_file
 
-    return shell_line(plan.flags.env, ["llama-server", *plan.flags.flags])
+    command = ["llama-server", "-m", first_file(file.model) or "MODEL", *plan.flags.flags]
+    return shell_line(plan.flags.env, command)
 
 
 def _rule_table(found: Explanation, out: Any) -> None:
@@ -231,7 +241,7 @@ def _rule_table(found: Explanation, out: Any) -> None:
         what = (r.option or r.pattern, r.buffer)
         cells = (str(r.number), *what, str(r.matched), str(r.won), r.layers or "-")
         table.add_row(*cells)
-    out.print(table)
+    print_table(out, table)
 
 
 def _device_table(devices: Any, out: Any, holds: dict[str, str]) -> None:
@@ -252,12 +262,13 @@ def _device_table(devices: Any, out: Any, holds: dict[str, str]) -> None:
             Text(free, "red" if (d.free_bytes or 0) < 0 else ""),
             holds.get(d.name, ""),
         )
-    out.print(table)
+    print_table(out, table)
 
 
 def _speed_line(speed: Any, out: Any) -> None:
     if speed.tg_tps is None:
-        out.print("speed: bandwidth of a card or of the RAM is not known", style="dim")
+        text = "speed unknown: name the cards and, where weights lie in RAM, the CPU (--cpu) as"
+        out.print(f"{text} `quantmix rigs` lists them", style="dim")
         return
     prompt = f", prompts about {speed.pp_tps:.0f}" if speed.pp_tps else ""
     out.print(

@@ -18,7 +18,7 @@ EngineBuild = Annotated[
 
 # Devices
 Vram = Annotated[str | None, typer.Option(help="One idealised device of exactly this size.")]
-Gpus = Annotated[str | None, typer.Option(help="Cards in CUDA order: 2xrtx-5090,2x24G.")]
+Gpus = Annotated[str | None, typer.Option(help="Cards in CUDA order: 2xrtx-5090,2x24G; or none.")]
 RigName = Annotated[str | None, typer.Option(help="A rig by name or TOML file.")]
 Ram = Annotated[str | None, typer.Option(help="Installed RAM that may hold weights.")]
 RamReserve = Annotated[

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from quantmix.cli.common import JsonFlag, QuietFlag, answer_errors, console, print_json
+from quantmix.cli.common import JsonFlag, QuietFlag, answer_errors, console, print_json, print_table
 
 if TYPE_CHECKING:
     from quantmix.predict import Prediction
@@ -91,23 +91,20 @@ def _print(name: str, found: Prediction, quiet: bool) -> None:
     """Summary and the table of roles, for people."""
     from rich.table import Table
 
+    from quantmix.emit.readme import quality_text
     from quantmix.units import gib
 
     out = console(quiet)
     q, size = found.quality, found.size
     out.print(f"{name}: {gib(size.tensor_bytes)}, {size.bpw:.3f} bits per weight")
-    ppl = "unknown (no base perplexity is known)" if q.ppl is None else (
-        f"{q.ppl:.4f}, 90 % between {q.ppl_low:.4f} and {q.ppl_high:.4f} "
-        f"(unquantized {q.ppl_base:.4f})"
-    )  # fmt: skip
-    out.print(f"perplexity {ppl}; rise {q.ln_ppl_ratio:.4f} in ln; {q.basis}")
+    out.print(quality_text(q))
     table = Table(title="by role")
     for head in ("role", "damage, nats", "share", "size"):
         table.add_column(head, justify="left" if head == "role" else "right")
     for role, row in found.roles.items():
         share = row["damage"] / q.damage if q.damage else 0.0
         table.add_row(role, f"{row['damage']:.5f}", f"{share:.1%}", gib(row["bytes"]))
-    out.print(table)
+    print_table(out, table)
     for warning in q.warnings:
         out.print(f"warning: {warning}")
     if found.unmatched:

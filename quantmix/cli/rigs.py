@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from quantmix.cli.common import JsonFlag, QuietFlag, answer_errors, console, print_json
+from quantmix.cli.common import JsonFlag, QuietFlag, answer_errors, console, print_json, print_table
 
 
 def register(app: typer.Typer) -> None:
@@ -56,15 +56,15 @@ def _print(doc: dict[str, Any], quiet: bool) -> None:
         for o in doc["total"]["cards"]:
             short = gib(o["shortfall_bytes"]) if o["shortfall_bytes"] else "fits"
             table.add_row(o["gpus"], f"{o['count']}x {o['label']}", gib(o["usable_bytes"]), short)
-        out.print(table)
+        print_table(out, table)
         return
     table = Table("--rig", "GPUs", "usable VRAM", "RAM", "source", title="rigs of the field")
     for r in doc["rigs"]:
         table.add_row(r["name"], r["gpus"], gib(r["vram_bytes"]), r["ram"] or "-", r["source"])
-    out.print(table)
+    print_table(out, table)
     devices = Table("--gpus", "name", "usable", "GB/s", "arch", title="devices")
     for d in doc["devices"]:
         usable = gib(d["usable_bytes"]) if d["usable_bytes"] else "-"
         bandwidth = "-" if d["bandwidth_gbs"] is None else f"{d['bandwidth_gbs']:g}"
         devices.add_row(d["key"], d["name"], usable, bandwidth, d["arch"])
-    out.print(devices)
+    print_table(out, devices)

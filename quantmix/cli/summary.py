@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import TYPE_CHECKING
 
 from quantmix.emit.readme import mix_rows, quality_text
@@ -142,7 +143,8 @@ def _print_real_cards(console: Console, answer: Answer) -> None:
 def _print_commands(console: Console, answer: Answer) -> None:
     recipe, folder = answer.recipe, answer.folder
     _print_part(console, "\nWritten", f"{folder}/")
-    console.print(f"  {folder}/quantize.sh SOURCE.gguf OUT.gguf IMATRIX.dat", soft_wrap=True)
+    script = shlex.quote(str(folder / "quantize.sh"))
+    console.print(f"  {script} {recipe.quantize_arguments}", soft_wrap=True)
     if recipe.devices:
         serve = shell_line(recipe.offload["env"], recipe.commands["serve"])
         console.print(f"  {serve}", soft_wrap=True)

@@ -6,7 +6,15 @@ from typing import Annotated
 
 import typer
 
-from quantmix.cli.common import JsonFlag, QuietFlag, answer_errors, console, one_of, print_json
+from quantmix.cli.common import (
+    JsonFlag,
+    QuietFlag,
+    answer_errors,
+    console,
+    one_of,
+    print_json,
+    print_table,
+)
 
 
 def register(app: typer.Typer) -> None:
@@ -67,4 +75,4 @@ def types(
             "slow" if t.slow_cpu else "",
             t.family,
         )
-    console(quiet).print(out)
+    print_table(console(quiet), out)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 # canonical name → spellings; the names are the short flags of both engines.
@@ -52,6 +52,20 @@ _BARE: Final = frozenset(
 )
 _FA_VALUES: Final = frozenset({"on", "off", "auto", "0", "1"})
 _ENV: Final = re.compile(r"^[A-Z][A-Z0-9_]*=")
+# Programs of llama.cpp, and the images that hold them: what stands before them starts them.
+_PROGRAM: Final = re.compile(
+    r"llama-(server|cli|(sweep-|batched-)?bench|perplexity|completion|mtmd-cli|simple|run)(\.exe)?"
+    r"|(ik_)?llama\.cpp:[\w.-]+"
+)
+_NAMING: Final = frozenset({"-m", "--model", "-a", "--alias"})
+_CONTINUED: Final = re.compile(r"(\\|(?<=\s)[\^`])[ \t]*\r?\n")  # of bash, cmd.exe, PowerShell
+_REST: Final = re.compile(r"[|&;]+|\d?>>?.*|&>.*")  # a pipe or a redirection: the line ends
+_CURLY: Final = str.maketrans("“”„‘’", '"""\'\'')
+_OWN_COMMAND: Final = re.compile(
+    r"\s*(#|\$?\s*(export|set|cd|source|ulimit|sudo sysctl)\s|[A-Z_]+=\S*$)"
+)
+_DASH: Final = re.compile(r"^-?[–—]-?(?=[A-Za-z])")
+_WINDOWS: Final = re.compile(r"\.exe\b|[\^`][ \t]*\r?\n")  # where a backslash parts folders
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,13 +89,16 @@ class Override:
 class CommandLine:
     """A parsed command line: options in order, `-ot` split into overrides, leading environment.
 
-    `problems` names what no engine could read, one sentence each.
+    `launcher` is what stands before a program that is known, without the environment, such as
+    `numactl --interleave=all`. `words` begins with the program. `problems` names what no engine
+    could read, one sentence each.
     """
 
     options: tuple[Option, ...]
     env: dict[str, str] = field(default_factory=dict)
     words: tuple[str, ...] = ()
     problems: tuple[str, ...] = ()
+    launcher: tuple[str, ...] = ()
 
     def value(self, name: str) -> str | None:
         """Return the value of the last option of that canonical name, None when absent."""
@@ -130,10 +147,10 @@ def parse(tokens: Sequence[str]) -> CommandLine:
     `-fa` takes one only when it is on, off, auto, 0 or 1 (builds differ: the linter judges).
     """
     options: list[Option] = []
-    words: list[str] = []
     problems: list[str] = []
-    env: dict[str, str] = {}
-    i = 0
+    i = _program(tokens)
+    env, launcher = _before(tokens[:i])
+    words: list[str] = []
     while i < len(tokens):
         token = tokens[i]
         i += 1
@@ -156,30 +173,91 @@ def parse(tokens: Sequence[str]) -> CommandLine:
         elif canonical in ("ngl", "ts", "ot", "ncmoe", "c", "b", "ub"):
             problems.append(f"{token} needs a value")
         options.append(Option(canonical, value, token))
-    return CommandLine(tuple(options), env, tuple(words), tuple(problems))
+    return CommandLine(tuple(options), env, tuple(words), tuple(problems), launcher)
 
 
 def parse_text(text: str) -> CommandLine:
     """Read a pasted command line: line continuations, quotes, leading environment.
 
-    What people lose when pasting is repaired and named in `problems`: a quote that is never
-    closed, and a backslash before a line break that is missing.
+    First lines that set up the shell (`export`, `cd`, comments) are commands of their own: only
+    what they export counts. A pipe or a redirection ends the line. What people lose when pasting
+    is repaired and named in `problems`: a quote that is never closed, a backslash before a line
+    break that is missing, quotes and dashes that a web page made typographic.
     """
-    joined = re.sub(r"\\[ \t]*\r?\n", " ", text)
     problems = []
-    lines = [line for line in joined.splitlines() if line.strip()]
+    joined = _CONTINUED.sub(" ", text)
+    if _WINDOWS.search(text):
+        joined = joined.replace("\\", "\\\\")
+    plain = joined.translate(_CURLY)
+    if plain != joined:
+        problems.append("typographic quotes are no quotes to a shell: write \" or '")
+    lines = [line for line in plain.splitlines() if line.strip()]
+    starts = next((i for i, line in enumerate(lines) if not _sets_up(line)), 0)
+    env = {k: v for line in lines[:starts] for k, v in _before(_tokens(line)[0])[0].items()}
+    lines = lines[starts:]
     if len(lines) > 1:
         problems.append(
             "a line ends without a backslash: the shell would run the rest as another command"
         )
-    joined = " ".join(lines)
+    tokens, unpaired = _tokens(" ".join(lines))
+    problems += [unpaired] if unpaired else []
+    if any(_DASH.match(t) for t in tokens):
+        problems.append("a typographic dash begins no flag: write - or --")
+        tokens = [_undashed(t) if _DASH.match(t) else t for t in tokens]
+    first = _program(tokens)
+    end = next((i for i, t in enumerate(tokens) if i > first and _REST.fullmatch(t)), len(tokens))
+    found = parse([t for t in tokens[:end] if t != "\\"])
+    return replace(found, env=env | found.env, problems=(*problems, *found.problems))
+
+
+def _undashed(token: str) -> str:
+    """The flag that a typographic dash stands before."""
+    name = _DASH.sub("", token)
+    return f"-{name}" if f"-{name}" in _BY_SPELLING else f"--{name}"
+
+
+def _tokens(text: str) -> tuple[list[str], str]:
+    """Split as a shell does; where quotes do not pair, at blanks, and say so."""
     try:
-        tokens = shlex.split(joined)
+        return shlex.split(text), ""
     except ValueError as err:
-        problems.append(f"quotes do not pair ({err}): the shell would wait for more input")
-        tokens = [t.strip("\"'") for t in joined.split()]
-    parsed = parse([t for t in tokens if t != "\\"])
-    return CommandLine(parsed.options, parsed.env, parsed.words, (*problems, *parsed.problems))
+        problem = f"quotes do not pair ({err}): the shell would wait for more input"
+        return [t.strip("\"'") for t in text.split()], problem
+
+
+def _sets_up(line: str) -> bool:
+    """Whether a line is a command of its own, before the one with the program."""
+    own = _OWN_COMMAND.match(line) is not None
+    return own and not any(_names_program(t) for t in _tokens(line)[0])
+
+
+def _program(tokens: Sequence[str]) -> int:
+    """Return the place of the first llama.cpp program, 0 when none is named."""
+    for i, token in enumerate(tokens):
+        if _names_program(token) and (i == 0 or tokens[i - 1] not in _NAMING):
+            return i
+    return 0
+
+
+def _names_program(token: str) -> bool:
+    return _PROGRAM.fullmatch(re.split(r"[/\\]", token)[-1]) is not None
+
+
+def _before(tokens: Sequence[str]) -> tuple[dict[str, str], tuple[str, ...]]:
+    """Part what stands before the program in environment and the words that start it."""
+    env: dict[str, str] = {}
+    words: list[str] = []
+    for token in tokens:
+        if _ENV.match(token):
+            name, _, text = token.partition("=")
+            env[name] = text.rstrip(";")
+            if words and words[-1] in ("-e", "--env", "export", "set"):
+                words.pop()
+        elif token in ("&&", ";", "$") and (not words or words[-1] in ("&&", ";")):
+            continue  # a prompt, or what followed an assignment
+        else:
+            words.append(token)
+    return env, tuple(words)
 
 
 def _is_flag(token: str) -> bool:

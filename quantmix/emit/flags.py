@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from quantmix.emit.regex import int_group, word_group
@@ -14,7 +14,9 @@ from quantmix.memory.homes import is_movable
 from quantmix.memory.model import HOST, Placement
 from quantmix.memory.settings import Settings
 from quantmix.models.model import Model
+from quantmix.rig.cards import cards
 from quantmix.rig.device import Rig
+from quantmix.units import pad
 
 _EXPERT_WORDS: Final = ("up", "down", "gate", "gate_up")  # as people write them
 
@@ -67,7 +69,19 @@ def offload(
     emit = ik.offload_flags if settings.engine == "ik" else mainline.offload_flags
     flags = emit(model, settings, rig, placement, sizes=sizes)
     simulate.prove(flags, model, settings, rig, placement, sizes)
-    return flags
+    return replace(flags, notes=(*flags.notes, *beyond_training(model, settings)))
+
+
+def beyond_training(model: Model, settings: Settings) -> tuple[str, ...]:
+    """Say that a slot's context is longer than what the model was trained on, if it is."""
+    trained = model.hparams.ctx_train
+    each = settings.ctx // max(1, settings.parallel)
+    if not trained or each <= pad(trained, 256):
+        return ()
+    return (
+        f"{each} tokens of context are more than the {trained} that {model.id} was trained on: "
+        "beyond them it needs RoPE scaling (YaRN), where it has any",
+    )
 
 
 def split_plan(model: Model, placement: Placement, *, with_output: bool) -> SplitPlan:
@@ -97,9 +111,11 @@ def split_plan(model: Model, placement: Placement, *, with_output: bool) -> Spli
 def environment(rig: Rig, plan: SplitPlan) -> dict[str, str]:
     """CUDA numbering as `nvidia-smi` shows it, and only the GPUs in use; nothing for a pool.
 
-    A GPU that the engine sees gets a context and buffers even when no weights lie there.
+    A GPU that the engine sees gets a context and buffers even when no weights lie there. ROCm
+    reads CUDA_VISIBLE_DEVICES too; a Mac has one GPU.
     """
-    if rig.ideal or not rig.gpus:
+    known = [cards().get(g.card) for g in rig.gpus]
+    if rig.ideal or all(c is not None and c.arch == "apple" for c in known):
         return {}
     return {
         "CUDA_DEVICE_ORDER": "PCI_BUS_ID",

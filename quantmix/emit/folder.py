@@ -110,7 +110,8 @@ def _write_texts(recipe: Recipe, folder: Path) -> None:
         if name in _OF_DEVICES and not recipe.devices:
             continue
         path = folder / name
-        with path.open("w", encoding="utf-8", newline="\n") as file:
+        # A name that is no UTF-8 is escaped, which JSON reads back.
+        with path.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
             file.write(text(recipe))
             file.flush()
             os.fsync(file.fileno())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 from quantmix.emit.flags import (
@@ -24,6 +24,7 @@ from quantmix.memory.model import HOST, Placement
 from quantmix.memory.settings import Settings
 from quantmix.memory.split import splits_bytes
 from quantmix.models.model import Model
+from quantmix.rig.cards import cards
 from quantmix.rig.device import Rig
 
 FMOE_GONE: Final = "2025-10-25"  # PR 863: on by default, the flag is an error in the server
@@ -31,6 +32,7 @@ FA_NEEDS_VALUE: Final = "2025-11-13"  # PR 944
 CRAM: Final = "2025-11-14"  # PR 954
 MTP_IS_SPEC_TYPE: Final = "2026-08-01"  # `-mtp` rejected at 2026-08-15, accepted in 2026-04
 
+_TURING: Final = 7.5  # compute capability; the README of ik_llama.cpp says what is supported
 _BYTES_NOTE: Final = (
     "-ts is weighed by bytes in this build: unverified on a GPU, replayed with the rule read in "
     "the source of one build (2026-04); every boundary stays put for errors up to {slack:.0%} "
@@ -66,7 +68,18 @@ def offload_flags(
         flags += output_override(model, "CPU")
     flags += expert_override(model, placement, settings)
     flags += _context(model, settings)
+    notes += _unsupported([rig.gpus[i].card for i in plan.gpus])
     return OffloadFlags(flags, environment(rig, plan), notes)
+
+
+def _unsupported(keys: Sequence[str]) -> tuple[str, ...]:
+    """Name the cards that ik_llama.cpp is not made for; a card known by its size only is none."""
+    known = [cards()[k] for k in dict.fromkeys(keys) if k in cards()]
+    odd = [c.key for c in known if (c.compute_capability or 0.0) < _TURING]
+    if not odd:
+        return ()
+    text = "ik_llama.cpp supports GPUs through CUDA only, Turing or newer"
+    return (f"{text}, and not {', '.join(odd)}: use --engine mainline there",)
 
 
 def _tensor_split(

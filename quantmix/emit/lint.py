@@ -20,6 +20,7 @@ Severity = Literal["error", "warning", "note"]
 _DIGIT_CLASS: Final = re.compile(r"\[[^\]]*\d-\d{2,}[^\]]*\]")
 _EMPTY_BRANCH: Final = re.compile(r"\|\)|\(\||\|\||\|$|^\|")
 _OPEN_NUMBER: Final = re.compile(r"blk\\?\.[^.\\]*[\d\])]$")
+_OPEN_INSIDE: Final = re.compile(r"(blk\\?\.(?:\d+|\[[^\]]*\]|\([^()]*\)))(?=\.[*+])")
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +126,7 @@ def landing_findings(
     names: Sequence[str],
 ) -> list[Finding]:
     """What is odd about where things land; `names` are device names by engine index."""
-    found = _left_in_ram(command, homes)
+    found = _left_in_ram(command, homes) if names else []
     found += _split_pairs(model, where)
     found += _hops(command, model, homes, where, names)
     moved = [
@@ -197,11 +198,31 @@ def _traps(report: RuleReport, tensors: Sequence[Tensor]) -> list[str]:
         traps.append("an empty branch of | matches everything: drop the stray |")
     if _OPEN_NUMBER.search(report.pattern):
         traps.append("the layer number is not closed: 1 also matches 10 to 19; end it with \\.")
+    traps += _taken_by_more(report, tensors)
+    return traps
+
+
+def _taken_by_more(report: RuleReport, tensors: Sequence[Tensor]) -> list[str]:
+    """Traps of wildcards: what a pattern takes beyond what it takes with the dots meant literally.
+
+    A dot that, taken literally, would leave nothing is meant as it stands: `blk.3.ffn.`.
+    """
+    loose = [t.name for t in tensors if re.search(report.pattern, t.name)]
+    traps = []
+    closed = _OPEN_INSIDE.sub(r"\1\\.", report.pattern)
+    if closed != report.pattern:
+        regex = re.compile(closed)
+        extra = [name for name in loose if not regex.search(name)]
+        if 0 < len(extra) < len(loose):
+            traps.append(
+                f"the layer number is not closed: it also takes {len(extra)} tensors such as "
+                f"{extra[0]}; end it with \\."
+            )
     strict = re.sub(r"(?<!\\)\.(?![*+?{])", r"\\.", report.pattern)
     if strict != report.pattern:
-        regex, loose = re.compile(strict), re.compile(report.pattern)
-        extra = [t.name for t in tensors if loose.search(t.name) and not regex.search(t.name)]
-        if extra:
+        regex = re.compile(strict)
+        extra = [name for name in loose if not regex.search(name)]
+        if 0 < len(extra) < len(loose):
             traps.append(
                 f"a dot without backslash stands for any character: it also matches "
                 f"{len(extra)} tensors such as {extra[0]}"
@@ -213,7 +234,8 @@ def _left_in_ram(command: CommandLine, homes: Homes) -> list[Finding]:
     left = [i for i, d in enumerate(homes.blocks) if d == HOST]
     if not left:
         return []
-    text = f"-ngl {command.value('ngl')} leaves layers {ranges(left)} in RAM, KV cache included"
+    given = f"-ngl {command.value('ngl')}" if command.has("ngl") else "no -ngl:"
+    text = f"{given} leaves layers {ranges(left)} in RAM, KV cache included"
     return [Finding("warning", f"{text}: write -ngl 999")]
 
 

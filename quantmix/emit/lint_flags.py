@@ -9,6 +9,7 @@ from typing import Final
 
 from quantmix.emit import ik, mainline
 from quantmix.emit.cmdline import CommandLine, Option, Override, split_overrides
+from quantmix.emit.flags import beyond_training
 from quantmix.emit.ik import FMOE_GONE
 from quantmix.emit.lint import Finding
 from quantmix.emit.mainline import FIT
@@ -241,9 +242,9 @@ def _unreadable(option: Option, engine: Engine) -> str:
 
 
 def _context_findings(command: CommandLine, model: Model, settings: Settings) -> list[Finding]:
-    """What a missing `-c`, or `-c 0`, opens."""
+    """What a missing `-c`, or `-c 0`, opens; a context beyond the trained one."""
     if command.integer("c"):
-        return []
+        return [Finding("warning", text) for text in beyond_training(model, settings)]
     given = "-c 0" if command.integer("c") == 0 else "no -c"
     trained = model.hparams.ctx_train
     if command.integer("c") is None and trained and _fits_itself(command, settings):

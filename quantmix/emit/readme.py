@@ -44,7 +44,7 @@ def readme(recipe: Recipe) -> str:
     if recipe.devices:
         lines += ["", "## Memory", "", _memory_table(recipe), "", "![memory](memory.png)"]
     lines += ["", "![types](types.png)", "", "## Quantize", "", "```bash"]
-    lines += ["./quantize.sh SOURCE.gguf OUT.gguf IMATRIX.dat", "```"]
+    lines += [f"./quantize.sh {recipe.quantize_arguments}", "```"]
     if recipe.offload.get("flags"):
         serve = shell_line(recipe.offload["env"], recipe.commands["serve"])
         lines += ["", "## Serve", "", "```bash", serve, "```"]

@@ -229,7 +229,13 @@ def _check_imatrix(recipe: Recipe, matrix: imatrices.Imatrix | None) -> list[str
                 f"this recipe needs an imatrix ({problems[0]}; {len(problems)} such tensors): "
                 "make one with `quantmix imatrix SOURCE --corpus TEXT` and give --imatrix"
             )
-        return []
+        low = any(kind.is_quantized and kind.bpw < 8 for _, _, kind in planned)
+        if not (low and recipe.with_imatrix):
+            return []
+        return [
+            "no --imatrix: the recipe was designed for one, and without it the file will be worse "
+            "than predicted; `quantmix imatrix SOURCE` makes one"
+        ]
     named = {name for name, _, kind in planned if kind.is_quantized}
     known = {name for name in named if imatrices.lookup(matrix, name, engine)}
     if named and len(known) * 2 < len(named):

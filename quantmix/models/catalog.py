@@ -78,6 +78,15 @@ def find(name: str) -> CatalogEntry:
     raise UnknownName.of("model", wanted or name, names, "see `quantmix models`")
 
 
+def is_known(name: str) -> bool:
+    """Whether `find` finds an entry."""
+    try:
+        find(name)
+    except UnknownName:
+        return False
+    return True
+
+
 def identify(name: str, arch: str, n_elements: int) -> CatalogEntry | None:
     """Return the row that a model is of: a name says so, and architecture and size agree.
 

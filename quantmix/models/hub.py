@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -60,13 +59,13 @@ def _open(spec: str) -> tuple[str, str, Any]:
 
 
 def _errors(hub: Any) -> tuple[type[Exception], ...]:
-    """Return what the library raises, its HTTP client's errors included: some calls let them out.
+    """Return what the library raises, its HTTP client's errors included: it lets some through.
 
-    Those of `requests`, which older versions use, are OSErrors.
+    They are among the bases of its own.
     """
-    clients = [sys.modules[name] for name in ("httpx", "httpx2") if name in sys.modules]
-    theirs = tuple(client.HTTPError for client in clients)
-    return (hub.errors.HfHubHTTPError, hub.errors.HFValidationError, OSError, *theirs)
+    family = hub.errors.HfHubHTTPError.__mro__
+    theirs = tuple(c for c in family if c.__module__ != "builtins")
+    return (*theirs, hub.errors.HFValidationError, OSError)
 
 
 def _unreadable(repo: str, err: Exception) -> BadFile:

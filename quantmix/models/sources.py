@@ -62,6 +62,14 @@ def is_file_spec(spec: str) -> bool:
     return bool(spec) and "\0" not in spec and Path(spec).exists()
 
 
+def first_file(model: Model) -> str | None:
+    """Return the file that an engine is given to load the model, None when there is none here."""
+    path = Path(model.source)
+    if path.is_dir():
+        return next((str(p) for p in sorted(path.glob("*.gguf"))), None)
+    return str(path) if path.is_file() else None
+
+
 def _stored(found: GgufSet) -> dict[str, StoredData]:
     """Return where the data of each tensor of local files lies."""
     return {

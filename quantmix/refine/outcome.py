@@ -77,6 +77,7 @@ def refined_recipe(
         ),
         speed=speed,
         flags=flags,
+        imatrix=recipe.with_imatrix,
     )
     return replace(made, refined=_refined(recipe, found, len(swaps), conditions, n_ctx))
 

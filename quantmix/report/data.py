@@ -14,6 +14,7 @@ from quantmix.emit.figures import bits
 from quantmix.emit.readme import mix_rows
 from quantmix.errors import BadFile, QuantmixError, UsageError
 from quantmix.ggml.types import FLOATS
+from quantmix.models.catalog import is_known
 from quantmix.units import GIB
 
 if TYPE_CHECKING:
@@ -69,7 +70,9 @@ def compare_document(subject: Subject) -> dict[str, Any]:
     if len(recipes) < 2:
         raise UsageError("a comparison needs two recipes or more")
     ids = dict.fromkeys(r.model.id for r in recipes)
-    if len(ids) > 1:
+    shapes = [{t.name: t.shape for t in r.tensors} for r in recipes]
+    named = [i for i in ids if is_known(i)]
+    if len(ids) > 1 and (len(named) > 1 or any(s != shapes[0] for s in shapes)):
         raise UsageError(f"these recipes are of different models: {', '.join(ids)}")
     first = {t.name: t.type for t in recipes[0].tensors}
     return {

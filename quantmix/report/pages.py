@@ -258,7 +258,8 @@ def _proof(book: Book) -> list[str]:
 
 def _commands(recipe: dict[str, Any]) -> list[str]:
     body = ["<h2>Commands</h2>", "<h3>Quantize</h3>"]
-    body.append("<pre>./quantize.sh SOURCE.gguf OUT.gguf IMATRIX.dat</pre>")
+    imatrix = " IMATRIX.dat" if "--imatrix" in recipe["commands"]["quantize"] else ""
+    body.append(f"<pre>./quantize.sh SOURCE.gguf OUT.gguf{imatrix}</pre>")
     rules = escape("\n".join(recipe["rules"]))
     body.append(f"<details><summary>Rules</summary><pre>{rules}</pre></details>")
     if recipe["offload"].get("flags"):

@@ -47,6 +47,11 @@ class Card:
     source: str
 
     @property
+    def compute_capability(self) -> float | None:
+        """CUDA compute capability, None for what is no NVIDIA card."""
+        return float(self.arch) if re.fullmatch(r"\d+\.\d", self.arch) else None
+
+    @property
     def usable_bytes(self) -> int | None:
         """Usable bytes; where only the marketing size is known, the least of its size class."""
         if self.usable_mib is not None:

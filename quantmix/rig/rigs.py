@@ -61,14 +61,15 @@ def parse_gpus(text: str) -> Rig:
 
     An item is a card of the device table or a size, with an optional count: `2xrtx-5090`, `32G`,
     `2x96G`, `96GiB`. A plain size that cards are sold with (`96G`) is capped at what the least
-    such card of the table shows as usable; `96GiB` and `96GB` are literal.
+    such card of the table shows as usable; `96GiB` and `96GB` are literal. `none` is a machine
+    without GPUs.
 
     Raises:
         UnknownName: an item is neither a size nor a known card.
         UsageError: the list is empty, a count is zero, or a size makes no sense.
     """
     gpus: list[Device] = []
-    for item in text.split(","):
+    for item in () if _tidy(text) == "none" else text.split(","):
         match = _ITEM.match(item.strip())
         if match is None:
             raise UsageError(f"--gpus {text!r}: an item is empty; write e.g. 2xrtx-5090,1x24G")

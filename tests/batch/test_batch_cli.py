@@ -133,6 +133,21 @@ def test_a_plan_writes_nothing(tmp_path: Path) -> None:
     assert not (place / "recipes").exists()
 
 
+def test_a_plan_says_why_a_step_would_fail(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A source that is missing is told by --dry-run, before anything runs."""
+    from quantmix.cli.batch import batch as run_batch
+
+    text = '[[job]]\nmodel = "absent.gguf"\nbudgets = ["--size 4bpw"]\n'
+    (tmp_path / "pipeline.toml").write_text(text)
+    run_batch(tmp_path / "pipeline.toml", dry_run=True)
+    said = " ".join(capsys.readouterr().err.split())
+    assert "1 would fail" in said
+    assert "design: " in said
+    assert "absent.gguf is not a file" in said
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_stopping_is_exit_130_and_resumable(tmp_path: Path, number: int) -> None:

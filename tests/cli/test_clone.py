@@ -169,7 +169,7 @@ def test_import_needs_every_tensor_or_a_default(tmp_path: Path) -> None:
     [
         ("absent.txt", None, "cannot be read"),
         ("binary.txt", b"\xff\xfe\x00", "not text"),
-        ("no-such-model.txt", b"a=q8_0", "unknown model"),
+        ("no-such-model.txt", b"a=q8_0", "names no model that is known"),
         ("smollm2.txt", b"a=q9_9", "no type"),
         ("smollm2.txt", b".*=q8_K", "cannot write"),
     ],
@@ -219,12 +219,25 @@ def test_diff_counts_types_sizes_and_damage(tmp_path: Path) -> None:
         assert sum(x["a"]["damage"] for x in lines) == pytest.approx(out["a"]["damage"])
         assert sum(x["n_changed"] for x in lines) == 30
     assert out["a"]["damage"] > out["b"]["damage"]
+    assert [x["name"] for x in out["layers"]] == ["-", *map(str, range(30))]
     for by in ("role", "layer", "tensor"):
         shown = run.invoke(
             app, ["diff", str(tmp_path / "a.gguf"), str(tmp_path / "b.gguf"), "--by", by]
         )
         assert "30 tensors differ" in shown.stderr
         assert shown.stdout == ""
+
+
+def test_diff_takes_the_model_that_a_rules_file_names(tmp_path: Path) -> None:
+    """As import does: by the file's own name, else --model is asked for."""
+    for name in ("qwen3-0.6b.mine", "theirs"):
+        (tmp_path / name).write_text("ffn_down=q6_K\n.*=q8_0\n")
+    mine = str(tmp_path / "qwen3-0.6b.mine")
+    assert len(doc("diff", mine, mine)["changed"]) == 0
+    refused = run.invoke(app, ["diff", mine, str(tmp_path / "theirs")])
+    assert refused.exit_code == 2
+    assert "--model" in refused.stderr
+    assert len(doc("diff", mine, "qwen3-0.6b")["changed"]) > 0
 
 
 def test_diff_of_different_models_is_refused(tmp_path: Path) -> None:
@@ -303,3 +316,25 @@ def test_errors_of_a_rules_file_name_it(tmp_path: Path) -> None:
     file.write_text("--custom-q 'token_embd=q8_0,.*=IQ4_KS' \\\n")
     out = doc("import", str(file), "--model", "qwen3-0.6b", "--out", str(tmp_path / "r"))
     assert set(out["types"]) == {"q8_0", "iq4_ks", "f32"}
+
+
+def test_the_script_of_a_model_card_is_imported_with_the_model_it_names(tmp_path: Path) -> None:
+    """Rules in `custom="…"` are taken, and the model of the source that the command quantizes."""
+    file = tmp_path / "cook.sh"
+    file.write_text(
+        'custom="\n# experts\nexps=iq3_k\n.*=q8_0\n"\n./llama-quantize --custom-q "$custom" \\\n'
+        " /m/Qwen3-30B-A3B-BF16-00001-of-00002.gguf /m/Qwen3-30B-A3B-IQ3_K.gguf IQ3_K 24\n"
+    )
+    got = doc("import", str(file), "--out", str(tmp_path / "r"))
+    assert got["model"]["id"] == "qwen3-30b-a3b"
+    assert set(got["types"]) == {"iq3_k", "q8_0", "f32"}
+    assert got["recipe"].endswith("/qwen3-30b-a3b-cook")
+
+
+def test_a_file_without_rules_says_so(tmp_path: Path) -> None:
+    """An empty rules file is told as such, not as a model with unmatched tensors."""
+    file = tmp_path / "empty.txt"
+    file.write_text("# nothing\n")
+    result = run.invoke(app, ["import", str(file), "--model", "qwen3-0.6b"])
+    assert result.exit_code == 2
+    assert "holds no regex=type rule" in result.stderr

@@ -139,6 +139,10 @@ def test_models_lists_and_filters() -> None:
     found = {m["id"] for m in doc("models", "llama", "70b")["models"]}
     assert found == {"llama-2-70b", "llama-3-70b", "llama-3.1-70b", "llama-3.3-70b-instruct"}
     assert doc("models", "no-such-thing")["models"] == []
+    assert (
+        "no known model is named 'no-such-thing'"
+        in run.invoke(app, ["models", "no-such-thing"]).stderr
+    )
 
 
 def test_types_lists_every_usable_type() -> None:

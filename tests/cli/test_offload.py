@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import typer
 from typer.testing import CliRunner, Result
 
 from quantmix.cli import offload
+from quantmix.models.ghost import write_ghost
+from quantmix.models.sources import load_model
 
 
 def run(*args: str) -> Result:
@@ -99,3 +102,20 @@ def test_what_cannot_be_answered_is_one_line(args: tuple[str, ...], code: int, s
     assert result.exit_code == code
     assert said in result.output
     assert "Traceback" not in result.output
+
+
+def test_the_line_names_the_file(tmp_path: Path) -> None:
+    """`-m` is in the line: the file that was named, the first shard of a folder, else MODEL."""
+    file = tmp_path / "a b.gguf"
+    write_ghost(file, load_model("smollm2-135m"))
+    named = f" llama-server -m '{file}' -ngl "
+    assert named in run(str(file), "--gpus", "1x24G").stdout
+    assert named in run(str(tmp_path), "--gpus", "1x24G").stdout
+    catalog = run("smollm2-135m", "--gpus", "1x24G", "--json")
+    assert " llama-server -m MODEL -ngl " in json.loads(catalog.stdout)["line"]
+
+
+def test_an_unknown_speed_says_what_to_name() -> None:
+    """Where the bandwidth of the RAM is not known, the mend is told: --cpu."""
+    result = run("qwen3-30b-a3b", "--at", "q4_K", "--gpus", "1xrtx-3060", "--ram", "64G")
+    assert "(--cpu) as `quantmix rigs` lists them" in result.stderr.replace("\n", " ")

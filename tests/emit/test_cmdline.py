@@ -67,3 +67,59 @@ def test_the_environment_in_front_is_kept() -> None:
 def test_what_pasting_loses_is_named(text: str, said: str) -> None:
     """An unclosed quote, a missing line continuation and a flag without its value are told."""
     assert any(said in p for p in parse_text(text).problems)
+
+
+@pytest.mark.parametrize(
+    ("text", "launcher", "env"),
+    [
+        ("numactl --interleave=all ./llama-server -c 5", ("numactl", "--interleave=all"), {}),
+        (
+            "sudo taskset -c 0-15 env CUDA_VISIBLE_DEVICES=1 ./llama-server -c 5",
+            ("sudo", "taskset", "-c", "0-15", "env"),
+            {"CUDA_VISIBLE_DEVICES": "1"},
+        ),
+        (
+            "docker run --gpus all -e CUDA_VISIBLE_DEVICES=1 -p 80:80 "
+            "ghcr.io/ggml-org/llama.cpp:server-cuda -c 5",
+            ("docker", "run", "--gpus", "all", "-p", "80:80"),
+            {"CUDA_VISIBLE_DEVICES": "1"},
+        ),
+        (
+            "export CUDA_VISIBLE_DEVICES=1\ncd /opt && ./llama-server -c 5 2>&1 | tee log",
+            ("cd", "/opt", "&&"),
+            {"CUDA_VISIBLE_DEVICES": "1"},
+        ),
+        ("$ ./llama-server -c 5 &", (), {}),
+    ],
+)
+def test_what_starts_the_program_is_none_of_its_flags(
+    text: str, launcher: tuple[str, ...], env: dict[str, str]
+) -> None:
+    """Flags of numactl, sudo and docker, `cd … &&` and a pipe are not taken for the engine's."""
+    command = parse_text(text)
+    assert (command.launcher, command.env) == (launcher, env)
+    assert [(o.name, o.value) for o in command.options] == [("c", "5")]
+    assert len(command.words) == 1
+    assert command.problems == ()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '.\\llama-server.exe ^\n -m "C:\\m\\x.gguf" ^\n -c 5',
+        ".\\llama-server.exe `\n -m C:\\m\\x.gguf -c 5",
+    ],
+)
+def test_lines_of_windows_shells_are_read(text: str) -> None:
+    """`^` and a backtick continue a line there, and a backslash parts folders."""
+    command = parse_text(text)
+    assert command.words == (".\\llama-server.exe",)
+    assert (command.value("model"), command.integer("c")) == ("C:\\m\\x.gguf", 5)
+    assert command.problems == ()
+
+
+def test_typographic_quotes_and_dashes_are_read_and_named() -> None:
+    """What a web page made of quotes and hyphens is read as it was meant, and told."""
+    command = parse_text("./llama-server –ngl 9 —ctx-size 5 -ot “exps=CPU”")
+    assert (command.integer("ngl"), command.integer("c"), command.value("ot")) == (9, 5, "exps=CPU")
+    assert [any(w in p for p in command.problems) for w in ("quotes", "dash")] == [True, True]

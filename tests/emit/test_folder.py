@@ -11,7 +11,7 @@ import quantmix as qm
 from quantmix.budget import Budget
 from quantmix.emit.folder import write_folder
 from quantmix.engine.quantize import compare
-from quantmix.errors import UsageError
+from quantmix.errors import BadFile, UsageError
 from quantmix.ggml import types
 from quantmix.ggml.weights import open_weights
 from quantmix.ggml.writer import NewTensor, encode_header, encode_metadata, write_sparse
@@ -113,6 +113,22 @@ def test_a_swap_that_fails_puts_the_old_folder_back(
         write_folder(other, place, figures=False)
     assert {p.name: p.read_bytes() for p in place.iterdir()} == before
     assert [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+def test_what_is_no_recipe_is_told_apart(recipe: Recipe, tmp_path: Path) -> None:
+    """A folder of recipes names one of them, a GGUF the command that makes a recipe of it."""
+    made = recipe.save(tmp_path / "all" / "x", figures=False)
+    with pytest.raises(BadFile, match=f"is a folder of recipes: name one, like {made}"):
+        load(tmp_path / "all")
+    (tmp_path / "m.gguf").write_bytes(b"GGUF\xc3\x28")
+    with pytest.raises(BadFile, match=r"m\.gguf is no recipe of quantmix .*quantmix clone"):
+        load(tmp_path / "m.gguf")
+
+
+def test_a_source_whose_name_is_no_utf8_is_remembered(recipe: Recipe, tmp_path: Path) -> None:
+    """recipe.json is UTF-8 and names the very file."""
+    odd = replace(recipe, model=replace(recipe.model, source="m\udcff.gguf"))
+    assert load(odd.save(tmp_path / "x", figures=False)).model.source == "m\udcff.gguf"
 
 
 def test_a_linked_folder_is_written_where_it_lies(recipe: Recipe, tmp_path: Path) -> None:

@@ -83,6 +83,7 @@ def texts(flags: str, name: str = "deepseek-r1", build: str = "2025-06-16") -> l
         ("-c 0", "-c 0: the engine opens the trained context, 163840 tokens"),
         ("-ub 4096", "-ub 4096 is more than -b 2048, and the engine uses 2048"),
         ("-c 64k", "is read as 64: write 65536"),
+        ("-c 200000", "more than the 163840 that deepseek-r1 was trained on"),
     ],
 )
 def test_what_users_get_wrong_is_said(flags: str, said: str) -> None:
@@ -115,17 +116,21 @@ def test_a_flag_for_experts_does_nothing_where_there_are_none() -> None:
 
 
 def test_a_dot_without_backslash_is_told_only_when_it_matters() -> None:
-    """`blk.1.` also means layers 10 to 19; `blk.1.ffn` and `_exps.` do no harm."""
+    """`blk.1.` also means layers 10 to 19; `blk.1.ffn`, `blk.3.ffn.` and `_exps.` do no harm."""
     trap = "stands for any character"
     assert any(trap in t for t in texts("-ot blk.1.=CPU"))
     assert not any(trap in t for t in texts("-ot blk.1.ffn_norm=CPU"))
     assert not any(trap in t for t in texts("-ot ffn_up_exps.=CPU"))
+    assert not any(trap in t for t in texts('-ot "blk.(3|4).ffn.=CPU"'))
 
 
 def test_a_number_that_is_not_closed_is_told() -> None:
-    """`blk\\.1` also takes layers 10 to 19."""
+    """`blk\\.1` and `blk.1.*` also take layers 10 to 19."""
     assert any("not closed" in t for t in texts(r"-ot blk\\.1=CPU"))
+    assert any("not closed" in t for t in texts("-ot blk.(3|4).*exps=CPU"))
     assert not any("not closed" in t for t in texts(r"-ot blk\\.1\\.=CPU"))
+    assert not any("not closed" in t for t in texts(r"-ot blk\\.[0-9]+.*exps=CPU"))
+    assert not any("not closed" in t for t in texts(r"-ot 'blk.(3|4)\..*exps=CPU'"))
 
 
 def test_attention_apart_from_its_ffn_is_counted() -> None:

@@ -203,6 +203,17 @@ def test_types_that_need_an_imatrix_are_refused_without(tiny: Path, tmp_path: Pa
         work.preflight(_recipe(tiny, "iq2_xs"), tiny, tmp_path / "q.gguf")
 
 
+def test_a_recipe_designed_for_an_imatrix_asks_for_it(tiny: Path, tmp_path: Path) -> None:
+    """Without one a warning says what that costs; not where none was planned, or at 8 bits."""
+    commands = {"quantize": ["llama-quantize", "--imatrix", "IMATRIX", "SOURCE", "OUT"]}
+    for kind, told in (("q4_K", [True]), ("q8_0", [])):
+        recipe = _recipe(tiny, kind)
+        designed = replace(recipe, commands=commands)
+        plan = work.preflight(designed, tiny, tmp_path / "q.gguf")
+        assert ["no --imatrix" in w for w in plan.warnings] == told
+        assert work.preflight(recipe, tiny, tmp_path / "q.gguf").warnings == ()
+
+
 def test_an_imatrix_of_another_model_is_refused(
     tiny: Path, tiny_imatrix: Path, tmp_path: Path
 ) -> None:

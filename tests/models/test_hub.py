@@ -207,3 +207,17 @@ def test_what_is_not_there_is_one_clear_error(spec: str) -> None:
     with pytest.raises(BadFile) as err:
         load_model(spec)
     assert "\n" not in str(err.value)
+
+
+@pytest.mark.usefixtures("hub")
+def test_a_hub_that_is_not_reached_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the library's HTTP client raises without a network names the repository."""
+    library = importlib.import_module("huggingface_hub")
+    client = library.errors.HfHubHTTPError.__mro__[1]
+
+    def failing(*args: object, **kwargs: object) -> None:
+        raise client("Name or service not known")
+
+    monkeypatch.setattr(library, "hf_hub_download", failing)
+    with pytest.raises(BadFile, match="hf:org/New cannot be read: Name or service not known"):
+        load_model("hf:org/New")

@@ -163,12 +163,19 @@ def test_bad_places_are_named(folder, tmp_path, monkeypatch):
 
 
 def test_comparisons_are_of_one_model(recipes, subject):
-    """One recipe, or recipes of two models, cannot be compared; differing tensors are counted."""
+    """One recipe, or recipes of two models, cannot be compared; differing tensors are counted.
+
+    A file that was cloned is of the model whose tensors it has, whatever it is called.
+    """
     with pytest.raises(UsageError, match="two recipes"):
         data.compare_document(replace(subject, recipes=(recipes[0],)))
-    other = replace(recipes[1], model=replace(recipes[1].model, id="other"))
-    with pytest.raises(UsageError, match="different models"):
-        data.compare_document(replace(subject, recipes=(recipes[0], other)))
+    named = [replace(recipes[1], model=replace(recipes[1].model, id=i)) for i in ("r1", "v3", "x")]
+    fewer = replace(named[2], tensors=named[2].tensors[1:])
+    for two in (named[:2], [recipes[0], fewer]):
+        with pytest.raises(UsageError, match="different models"):
+            data.compare_document(replace(subject, recipes=tuple(two)))
+    cloned = data.compare_document(replace(subject, recipes=(recipes[0], named[2])))
+    assert cloned["differing"][1] > 0
     doc = data.compare_document(replace(subject, recipes=(recipes[0], recipes[0], recipes[1])))
     assert doc["differing"][:2] == [0, 0]
     assert doc["differing"][2] > 0
