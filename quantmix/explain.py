@@ -36,7 +36,13 @@ from quantmix.mtp import with_mtp
 from quantmix.offload import OffloadPlan, StoredModel, device_uses, holds, place
 from quantmix.recipe import DeviceUse
 from quantmix.rig.device import Device, Rig
-from quantmix.speed.model import calibration, of_unknown_bandwidth, plan_seconds, predict
+from quantmix.speed.model import (
+    calibration,
+    of_unknown_bandwidth,
+    plan_seconds,
+    predict,
+    usual_fill,
+)
 from quantmix.speed.prediction import Speed
 from quantmix.units import gib
 
@@ -341,6 +347,7 @@ def _gain(
     """Predicted speed of the better line over the pasted one."""
     if better is None or better.speed.tg_tps is None:
         return None
-    now = plan_seconds(file.model, settings, rig, placement, file.types, where=where)
-    then = plan_seconds(file.model, settings, rig, better.placement, file.types)
+    fill = usual_fill(settings)
+    now = plan_seconds(file.model, settings, rig, placement, file.types, n_kv=fill, where=where)
+    then = plan_seconds(file.model, settings, rig, better.placement, file.types, n_kv=fill)
     return now / then

@@ -25,7 +25,7 @@ from quantmix.mtp import with_mtp
 from quantmix.recipe import DeviceUse
 from quantmix.rig.device import Rig
 from quantmix.search.placement import split_layers
-from quantmix.speed.model import plan_seconds, predict
+from quantmix.speed.model import plan_seconds, predict, usual_fill
 from quantmix.speed.prediction import Speed
 from quantmix.units import gib, ranges
 
@@ -317,7 +317,15 @@ class _Search:
         return all(u.free_bytes is None or u.free_bytes >= 0 for u in self.devices(placement))
 
     def _seconds(self, placement: Placement) -> float:
-        return plan_seconds(self.file.model, self.settings, self.rig, placement, self.file.types)
+        """Seconds per token with a cache in use."""
+        return plan_seconds(
+            self.file.model,
+            self.settings,
+            self.rig,
+            placement,
+            self.file.types,
+            n_kv=usual_fill(self.settings),
+        )
 
     def _share(self, in_ram: int) -> float:
         """Share of the experts that the GPUs can hold besides everything else."""

@@ -270,10 +270,7 @@ def _speed_line(speed: Any, out: Any) -> None:
         text = "speed unknown: name the cards and, where weights lie in RAM, the CPU (--cpu) as"
         out.print(f"{text} `quantmix rigs` lists them", style="dim")
         return
-    prompt = f", prompts about {speed.pp_tps:.0f}" if speed.pp_tps else ""
-    out.print(
-        f"speed: {speed.tg_tps:.1f} tokens/s ({speed.tg_low:.1f} to {speed.tg_high:.1f}){prompt}"
-    )
+    out.print(f"speed: {speed}", markup=False)
 
 
 def _styled_line(out: Any, head: str, style: str, text: str) -> None:

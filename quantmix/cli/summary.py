@@ -57,9 +57,7 @@ def print_summary(console: Console, answer: Answer) -> None:
             soft_wrap=True,
         )
     if recipe.speed.tg_tps is not None:
-        s = recipe.speed
-        text = f"{s.tg_tps:.1f} t/s generating [{s.tg_low:.1f}, {s.tg_high:.1f}]"
-        _print_part(console, "Speed", text)
+        _print_part(console, "Speed", str(recipe.speed))
     elif recipe.devices and not recipe.budget.get("ideal"):
         ram = any(d.kind == "host" and d.capacity_bytes for d in recipe.devices)
         text = f"unknown: name the cards{' and the CPU (--cpu)' if ram else ''} "

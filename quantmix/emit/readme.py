@@ -37,8 +37,7 @@ def readme(recipe: Recipe) -> str:
         f"| Proven | {_proof(recipe)} |",
     ]
     if recipe.speed.tg_tps is not None:
-        s = recipe.speed
-        lines.append(f"| Speed | {s.tg_tps:.1f} t/s predicted [{s.tg_low:.1f}, {s.tg_high:.1f}] |")
+        lines.append(f"| Speed | predicted {recipe.speed} |")
     lines += ["", "## The mix", "", "| tensors | type | GiB |", "|---|---|---|"]
     lines += [f"| {role} | {types} | {gib(n)} |" for role, types, n in mix_rows(recipe)]
     if recipe.devices:

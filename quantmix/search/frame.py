@@ -80,7 +80,8 @@ class FrameSearch(Search):
             none = self._placement(even, slots)
             every = replace(none, cpu_experts=self._movable(none.layer_device))
             memory = self._device_memory(none), self._device_memory(every)
-            fixed, n_layers = self.timing.fixed(none), none.layer_device.count(HOST)
+            n_layers = none.layer_device.count(HOST)
+            fixed, in_use = self.timing.fixed(none), self.timing.in_use(none)
             # As soon as experts are in RAM a GPU holds a copy of one, and RAM may hold a tied head
             # twice; more experts there need no more. What none of them leaves is a case of its own.
             apart = _beside_weights(memory[0]) != _beside_weights(memory[1])
@@ -94,7 +95,9 @@ class FrameSearch(Search):
                         raise
                     continue
                 ends = memory[at[0]], memory[at[-1]]
-                counts.append(Count(slots, n_layers, ends, outside[key], fixed, moves=1 in at))
+                counts.append(
+                    Count(slots, n_layers, ends, outside[key], fixed, in_use, moves=1 in at)
+                )
         return Layers.of(counts, self.rig, self.timing, self._n_blocks())
 
     def _device_memory(self, placement: Placement) -> tuple[DeviceMemory, ...]:

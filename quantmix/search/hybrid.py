@@ -144,7 +144,7 @@ class HybridSearch(SplitSearch):
         splits = Splits(seconds, self.model, self.rig, self.settings)
         most = 1 if self._slow() else _FAST_COUNTS
         while looked < most and missed < _FAST_MISSES and possible.any():
-            lower = np.where(possible, seconds.lower + layers.fixed_seconds, np.inf)
+            lower = np.where(possible, seconds.lower + layers.in_use_seconds, np.inf)
             at = int(np.nonzero(lower <= float(lower.min()) * _EQUALLY_FAST)[0][0])
             if lower[at] >= cost * (1 - _WORTH_A_LOOK):
                 break
@@ -272,7 +272,7 @@ class HybridSearch(SplitSearch):
         return [] if relaxed is None else [float(relaxed.prices[-1]) * x for x in _PRICE_RANGE]
 
     def _cost(self, tried: Tried, prices: Sequence[float]) -> float:
-        """What a placement is judged by: least seconds at the allowed damage, relaxed.
+        """What a placement is judged by: least seconds at the allowed damage, with a cache in use.
 
         What whole layers add to the damage beyond the relaxed figure of stage 1, they will add in
         stage 2.
@@ -283,7 +283,7 @@ class HybridSearch(SplitSearch):
         if not np.isfinite(seconds):  # a tied head lies on a GPU and in RAM: pools are not separate
             relaxed = relax(second)
             seconds = np.inf if relaxed is None else relaxed.objective + prices[0] * lost
-        return seconds + self.timing.fixed(tried.placement)
+        return seconds + self.timing.in_use(tried.placement)
 
     def _fastest(self, best: Tried) -> Solution:
         """Stage 2: least seconds per token with damage within the slack of stage 1."""

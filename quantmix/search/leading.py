@@ -41,6 +41,7 @@ class Count:
         memory: the devices with no experts in RAM besides those layers', and with all.
         outside: choices of a placement with that number, for what lies outside the layers.
         fixed_seconds: per token, whatever the types, waiting for experts in RAM left out.
+        in_use_seconds: the same with a cache in use.
         moves: whether experts of other layers may lie in RAM.
     """
 
@@ -49,6 +50,7 @@ class Count:
     memory: tuple[Sequence[DeviceMemory], Sequence[DeviceMemory]]
     outside: Choices
     fixed_seconds: float
+    in_use_seconds: float
     moves: bool = True
 
 
@@ -185,6 +187,11 @@ class Layers:
     def fixed_seconds(self) -> FloatArray:
         """Seconds per token of every number of slots that no choice of types changes, (K,)."""
         return self.of_slots(np.array([c.fixed_seconds for c in self.counts]))
+
+    @property
+    def in_use_seconds(self) -> FloatArray:
+        """The same with a cache in use, (K,)."""
+        return self.of_slots(np.array([c.in_use_seconds for c in self.counts]))
 
 
 class Bounds:

@@ -385,7 +385,7 @@ class _Search(HybridSearch):
             int(best.choices.level[rows, solution.choice].max()),
             best.problem.constraints,
             total(best.choices.damage, solution.choice),
-            total(best.choices.seconds, solution.choice) + self.timing.fixed(best.placement),
+            total(best.choices.seconds, solution.choice) + self.timing.in_use(best.placement),
         )
 
 

@@ -58,8 +58,13 @@ class Timing:
         return None if wanted is None else wanted - self.fixed(placement)
 
     def fixed(self, placement: Placement) -> float:
-        """Return the seconds per token that no choice of types changes."""
+        """Return the seconds per token that no choice of types changes, with an empty cache."""
         return speed.fixed_seconds(self.model, self.settings, self.rig, placement)
+
+    def in_use(self, placement: Placement) -> float:
+        """Return the same with as much in the cache as is usual, to compare placements by."""
+        fill = speed.usual_fill(self.settings)
+        return speed.fixed_seconds(self.model, self.settings, self.rig, placement, n_kv=fill)
 
     def waiting(self, n_blocks: int) -> FloatArray:
         """Return (n_blocks,) seconds per token that each layer's experts add by lying in RAM."""

@@ -45,6 +45,7 @@ FloatArray = NDArray[np.float64]
 ASSUMED_GPU_GBS: Final = 900.0
 ASSUMED_RAM_GBS: Final = 100.0
 ASSUMED_CORES: Final = 16
+_USUAL_PART: Final = 4
 _PCIE_GBS: Final = 12.0  # a type without a CUDA kernel is fetched over the bus for every token
 
 
@@ -85,6 +86,14 @@ def fixed_seconds(
     return seconds + (_cache_seconds(model, settings, rig, homes, n_kv) if n_kv else 0.0)
 
 
+def usual_fill(settings: Settings) -> int:
+    """Return the tokens in the cache at which placements are compared: a quarter of a slot's.
+
+    With none, layers whose attention and cache lie in RAM look as good as others.
+    """
+    return settings.ctx // max(1, settings.parallel) // _USUAL_PART
+
+
 def predict(
     model: Model,
     settings: Settings,
@@ -109,14 +118,21 @@ def predict(
     where = where or planned(model, placement, rig, mtp=settings.mtp)
     if not where or of_unknown_bandwidth(model, rig, placement, where):
         return Speed()
-    seconds = plan_seconds(model, settings, rig, placement, mix, n_kv=n_kv, where=where)
-    tps = (scale or 1.0) / seconds
+    empty = plan_seconds(model, settings, rig, placement, mix, where=where)
+    homes = placement.layer_device[: model.hparams.n_layer]
+
+    def at(tokens: int) -> float:
+        return (scale or 1.0) / (empty + _cache_seconds(model, settings, rig, homes, tokens))
+
+    tps, fill = at(n_kv), usual_fill(settings)
     band = exp(constants()["band_ln", "calibrated" if scale else "plain"])
     return Speed(
         tg_tps=tps,
         tg_low=tps / band,
         tg_high=tps * band,
         pp_tps=_prompt_tps(model, settings, rig, _readers(model, rig, placement, where), mix),
+        tg_filled_tps=at(fill),
+        filled_tokens=fill,
     )
 
 

@@ -147,6 +147,21 @@ def test_bytes_are_counted_where_the_flags_put_them(
             assert use.used_bytes <= (use.capacity_bytes or 0)
 
 
+@pytest.mark.parametrize("min_tps", [None, 40.0])
+def test_attention_stays_on_a_gpu_that_has_room_for_it(min_tps: float | None) -> None:
+    """Whole layers in RAM are faster with an empty cache only: one in use decides."""
+    from quantmix.design import run
+    from quantmix.memory.model import HOST
+    from quantmix.options import Options
+
+    budget = Budget.from_gpus("1xrtx-3060", ram="64G", cpu="desktop-ddr5-6000-2ch", ctx=32768)
+    found = run(qm.load_model("qwen3-30b-a3b"), budget, Options(min_tps=min_tps))
+    assert found.placement is not None
+    assert HOST not in found.placement.layer_device
+    assert found.placement.cpu_experts
+    assert (found.recipe.speed.tg_tps or 0.0) >= (min_tps or 0.0)
+
+
 @pytest.mark.parametrize("engine", ["ik", "mainline"])
 def test_experts_that_stay_as_they_are_use_the_gpu_too(engine: str) -> None:
     """gpt-oss comes quantized: what is left of 24 GiB holds whole layers of its experts."""

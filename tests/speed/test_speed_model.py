@@ -57,6 +57,25 @@ def test_a_plan_is_the_sum_of_its_cells() -> None:
     assert plan_seconds(R1, Settings(), rig(), ALL_RAM, mix) == pytest.approx(total)
 
 
+def test_a_filled_cache_costs_time_more_where_it_lies_in_ram() -> None:
+    """The speed with a quarter of the context in use stands beside that of an empty cache."""
+    model = load_model("qwen3-30b-a3b")
+    machine, settings, mix = rig("rtx-3060", 96.0), Settings(ctx=32768), mix_of(model, "q4_K")
+    experts = Placement((0,) * 48, 0, frozenset(range(24, 48)))
+    layers = Placement((HOST,) * 24 + (0,) * 24, 0)
+    lost = []
+    for placement in (experts, layers):
+        speed = predict(model, settings, machine, placement, mix)
+        assert speed.filled_tokens == 8192
+        assert speed.tg_tps is not None
+        assert speed.tg_filled_tps is not None
+        lost.append(1 / speed.tg_filled_tps - 1 / speed.tg_tps)
+        assert f"{speed.tg_filled_tps:.1f} with 8192 tokens" in str(speed)
+        there = predict(model, settings, machine, placement, mix, n_kv=8192)
+        assert there.tg_tps == pytest.approx(speed.tg_filled_tps)
+    assert lost[1] > 1.5 * lost[0] > 0.0
+
+
 def test_cells_have_devices_tensors_and_types_as_axes() -> None:
     """GPUs first, then the host; values are finite and never negative."""
     palette = list(types.default_palette())
