@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from quantmix.rig.device import Device
 
 UNKNOWN_HEADER_BYTES = 32 * MIB
-"""What the header of a file may take when the source's was not read (CONTRACT §2, --size)."""
+"""What the header of a file may take when the source's was not read: part of what `--size` caps."""
 
 
 def assemble(

@@ -186,7 +186,7 @@ class _CallableModule(ModuleType):
     """Lets `quantmix.design(...)` be the function although `quantmix.design` is also this module.
 
     Importing a submodule binds its name in the package, over any function of the same name; the
-    public call (CONTRACT §3) and the module's name (DESIGN §2) are both promised.
+    public call (docs/interface.md, Python) and the module of that name are both wanted.
     """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Recipe:

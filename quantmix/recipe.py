@@ -1,4 +1,4 @@
-"""The one document: what a design decided (CONTRACT §2). Every later step reads it."""
+"""The one document: what a design decided. Every later step reads it."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ class PlannedTensor:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A complete design; see CONTRACT §2 for the meaning of every key."""
+    """A complete design; docs/interface.md, recipe.json, has the meaning of every key."""
 
     model: ModelInfo
     engine: EngineInfo
@@ -150,7 +150,7 @@ class Recipe:
         return "SOURCE.gguf OUT.gguf" + (" IMATRIX.dat" if self.with_imatrix else "")
 
     def to_json(self) -> dict[str, Any]:
-        """Return the document as plain JSON values, keys in CONTRACT order."""
+        """Return the document as plain JSON values, the long list of tensors last."""
         doc: dict[str, Any] = {"schema": SCHEMA, "quantmix": self.quantmix, "created": self.created}
         for f in fields(self):
             value = getattr(self, f.name)
@@ -161,7 +161,7 @@ class Recipe:
         return doc
 
     def save(self, folder: str | Path, *, figures: bool = True) -> Path:
-        """Write the recipe folder of CONTRACT §2, all or nothing, and return it.
+        """Write the recipe folder (docs/interface.md), all or nothing, and return it.
 
         Files of others in an existing recipe folder stay; a GGUF that does not fit this recipe
         moves into `earlier-N` there, with the recipe that made it.

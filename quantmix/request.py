@@ -111,7 +111,7 @@ class Answer:
         return self.design.recipe
 
     def to_json(self) -> dict[str, Any]:
-        """Return the JSON of `design` (CONTRACT §2)."""
+        """Return the JSON of `design` (docs/interface.md, design)."""
         doc = self.recipe.to_json()
         del doc["tensors"]
         doc["optimality"]["seconds"] = round(self.solve_seconds, 4)

@@ -1,4 +1,6 @@
-"""The measurements store: every PPL and KLD ever measured, in one SQLite file (CONTRACT §4).
+"""The measurements store: every PPL and KLD ever measured, in one SQLite file.
+
+Where it is and what every column means: docs/interface.md, measurements store.
 
 Rows are only added. What makes two of them comparable is in the row: fingerprints of model, mix,
 file and corpus, n_ctx, chunks, engine and build, KV types. Several processes may write at once

@@ -12,7 +12,7 @@ KIB: Final = 1 << 10
 MIB: Final = 1 << 20
 GIB: Final = 1 << 30
 
-# "192G" is what people write for what tools print as GiB; "192GB" is decimal (CONTRACT §1).
+# "192G" is what people write for what tools print as GiB; "192GB" is decimal (docs/interface.md).
 _FACTORS: Final = {
     "": 1,
     "b": 1,

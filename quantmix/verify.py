@@ -71,7 +71,7 @@ class Verified:
         return sum(info.n_bytes for info, _, _ in self.weights.tensors.values())
 
     def to_json(self) -> dict[str, Any]:
-        """Return the document of `verify --json` (CONTRACT §2)."""
+        """Return the document of `verify --json` (docs/interface.md, verify)."""
         e = self.evaluation
         return {
             "ppl": e.perplexity.ppl,

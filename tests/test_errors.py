@@ -20,10 +20,10 @@ from quantmix import errors
         (errors.CheckFailed, 5, AssertionError),
     ],
 )
-def test_exit_codes_follow_the_contract(
+def test_exit_codes_are_the_documented_ones(
     kind: type[errors.QuantmixError], code: int, builtin: type[Exception]
 ) -> None:
-    """Each error has the exit code of the contract and is also a builtin."""
+    """Each error has the documented exit code and is also a builtin."""
     assert kind.exit_code == code
     assert issubclass(kind, builtin)
     assert issubclass(kind, errors.QuantmixError)

@@ -1,6 +1,7 @@
-"""A lower layer never imports a higher one (DESIGN §2)."""
+"""A lower layer never imports a higher one (docs/architecture.md, layers)."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -82,3 +83,11 @@ def test_no_layer_imports_a_higher_one() -> None:
             if rank[other] >= rank[me] and (me, other) not in LAZY:
                 wrong.append(f"{file.relative_to(ROOT)} imports {module}")
     assert not wrong
+
+
+def test_the_table_of_layers_is_the_documented_one() -> None:
+    """docs/architecture.md lists the same names in the same order."""
+    page = (Path(__file__).parent.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rows = page.split("| modules | what |\n|---|---|\n")[1].split("\n\n")[0].splitlines()
+    named = [tuple(re.findall(r"`([^`]+)`", row.split("|")[1])) for row in rows]
+    assert tuple(named) == LAYERS

@@ -1,1 +1,1 @@
-"""Pipelines: many models × budgets × steps, content-addressed and resumable (CONTRACT §5)."""
+"""Pipelines: many models × budgets × steps, content-addressed and resumable."""

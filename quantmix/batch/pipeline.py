@@ -1,4 +1,4 @@
-"""The pipeline file (CONTRACT §5): jobs × budgets × steps, read and checked before anything runs.
+"""The pipeline file (docs/batch.md): jobs × budgets × steps, read and checked before anything runs.
 
     [defaults]            # keys of every job; all flags of `design` too, `-` written as `_`
     out = "recipes"       # where recipes go, with the batch's state in `.quantmix/`

@@ -29,7 +29,7 @@ class Written:
 
 
 def write_folder(recipe: Recipe, folder: str | Path, *, figures: bool = True) -> Written:
-    """Write every file of a recipe (CONTRACT §2).
+    """Write every file of a recipe (docs/interface.md, recipe folder).
 
     The files are written beside their place and moved there when complete. Of a recipe that is
     there already, the files that this function writes are replaced; all others stay. A GGUF made

@@ -59,7 +59,7 @@ class CheckResult:
         return f"{len(self.problems)} problems, the first at {where}: {first.problem}"
 
     def to_json(self) -> dict[str, Any]:
-        """Return the `check` object of CONTRACT §2."""
+        """Return the Check of docs/interface.md."""
         doc: dict[str, Any] = {
             "ok": self.ok,
             "rules_matched_back": self.rules_matched_back,

@@ -4,7 +4,7 @@ The engine calls back for every graph node. For `MUL_MAT` and `MUL_MAT_ID` the s
 the input; its squares are summed per column, for experts by the ids that routed each row (as
 llama-imatrix does, examples/imatrix/imatrix.cpp). Up/gate fusion is off so that every matmul
 shows. The head is collected too, under `output.weight` or, when tied, `token_embd.weight`:
-published files lack that entry and pay for it (DESIGN §6).
+published files lack that entry and pay for it (docs/measuring.md, importance matrix).
 """
 
 from __future__ import annotations

@@ -25,7 +25,8 @@ FLOATS: Final = frozenset({"f32", "f16", "bf16"})
 """Types of weights, and of a KV cache, that nobody quantized."""
 ENGINES: Final[tuple[Engine, ...]] = ("ik", "mainline")
 
-# DESIGN §4.9: the interleaved types that have CUDA kernels and no better non-interleaved twin.
+# The interleaved types that have CUDA kernels and no better non-interleaved twin
+# (docs/architecture.md, fact 9).
 _DEFAULT_INTERLEAVED: Final = frozenset({"iq1_s_r4", "iq1_m_r4"})
 # mainline writes f16 where even blocks of this size do not divide (tensor_type_fallback).
 _F16_BLOCK: Final = 32
@@ -201,8 +202,8 @@ def default_palette(engine: Engine = "ik", *, imatrix: bool = True) -> tuple[Ggm
     """Return the types a design may use unless told otherwise, in enum order.
 
     Left out: floats, ternary and bitnet types (useless on ordinary weights), types that cannot
-    be written, types without a CUDA kernel, interleaved ones but for iq1_s_r4 and iq1_m_r4
-    (CONTRACT §2), and without an imatrix those that need one.
+    be written, types without a CUDA kernel, interleaved ones but for iq1_s_r4 and iq1_m_r4, and
+    without an imatrix those that need one.
     """
     return tuple(
         t

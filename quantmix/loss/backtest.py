@@ -41,7 +41,8 @@ def run(measurements: Path | None = None, recipes: Path | None = None) -> dict[s
         recipes: folder or .tar.gz of recipes with `-3.4451ppl` in their names.
 
     Returns:
-        The document of CONTRACT §2; rows are leave-one-out predictions in PPL.
+        The document of `backtest --json` (docs/interface.md, backtest); rows are leave-one-out
+        predictions in PPL.
 
     Raises:
         BadFile: a file cannot be read.

@@ -4,7 +4,7 @@
 `python -m quantmix.loss.fit`: gain is the damage while it is small (super-additivity and noise
 floor taken out), sd the spread of its logarithm between models. A type that nobody measured is
 placed by its bits per weight on the *worst* measured types around it, with a penalty, so that no
-solver picks it for a number that does not exist (DESIGN §4.10).
+solver picks it for a number that does not exist (docs/architecture.md, fact 10).
 """
 
 from __future__ import annotations

@@ -98,7 +98,8 @@ class RoleDamage:
     def at(self, types: Sequence[GgmlType]) -> FloatArray:
         """Return the KLD of the role in nats, shape (n_types,).
 
-        Beyond the largest probed error it rises 15 % faster than the fit says (DESIGN §4.10).
+        Beyond the largest probed error it rises 15 % faster than the fit says: a solver would find
+        what is too cheap there (docs/architecture.md, fact 10).
         """
         return np.array([self._one(t) for t in types])
 

@@ -27,7 +27,7 @@ def error(guess: float, measured: float) -> float:
 def bands(
     outcomes: Sequence[Outcome], guess: Guess = lambda o: o.predicted
 ) -> list[dict[str, Any]]:
-    """Return one dict per band of bits per weight, and one for all together (CONTRACT §2)."""
+    """Return one dict per band of bits per weight, and one for all together."""
     out = []
     for name, low, high in (*BANDS, ("all", 0.0, 99.0)):
         here = [o for o in outcomes if low <= o.bpw < high and guess(o) is not None]

@@ -27,7 +27,9 @@ _OUTPUT_ROUNDING_MIB: Final = 0.0051  # logs print two decimals
 
 
 def run(logs: str | Path | None = None) -> dict[str, Any]:
-    """Return the backtest document of CONTRACT §2 for a table of memory logs (default: ours).
+    """Return the document of `backtest memory` for a table of memory logs (default: ours).
+
+    Its keys: docs/interface.md, backtest.
 
     Raises:
         BadFile: not a table of memory logs.

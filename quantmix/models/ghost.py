@@ -1,4 +1,7 @@
-"""Ghosts of models: a true header, no data, for dry runs of the real engines (DESIGN §5)."""
+"""Ghosts of models: a true header, no data, for dry runs of the real engines.
+
+Why, and how they are used: docs/architecture.md, the ghost check.
+"""
 
 from __future__ import annotations
 

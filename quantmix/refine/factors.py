@@ -23,7 +23,10 @@ from quantmix.solve.problem import FloatArray, IntArray
 CAUTION: Final = 0.5
 """Posterior standard errors by which gains are lowered and losses raised."""
 BEYOND: Final = 0.15
-"""Past the probed type, gains count for so much less and losses for so much more (DESIGN §4.10)."""
+"""Past the probed type, gains count for so much less and losses for so much more.
+
+Why: docs/architecture.md, fact 10.
+"""
 _LEAST: Final = 0.05  # of the mean factor
 _TINY: Final = 1e-12
 

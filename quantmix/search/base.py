@@ -31,7 +31,7 @@ from quantmix.solve.solver import Limits, solve
 QUICK = Limits(gap=2e-3, seconds=0.0)
 """To compare placements."""
 
-_SLACK_NATS, _SLACK_SHARE = 0.003, 0.02  # CONTRACT §2: quality slack of stage 2
+_SLACK_NATS, _SLACK_SHARE = 0.003, 0.02  # default of --quality-slack: the larger
 
 
 @dataclass(frozen=True, slots=True)

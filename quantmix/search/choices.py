@@ -162,7 +162,7 @@ def tensor_homes(model: Model, placement: Placement) -> NDArray[np.int64]:
     """Return the device of every tensor before any expert is moved to RAM.
 
     The input embedding stays in RAM; what lies outside the blocks otherwise goes with the output
-    (DESIGN §4.5).
+    (docs/architecture.md, fact 5).
     """
     homes = Homes(placement.layer_device, placement.output_device)
     return np.array([default_home(t, homes) for t in model.tensors], dtype=np.int64)

@@ -20,7 +20,9 @@ _DIFFERENT: Final = 1.05
 
 
 def run(logs: str | Path | None = None) -> dict[str, Any]:
-    """Return the backtest document of CONTRACT §2 for a table of speed logs (default: shipped).
+    """Return the document of `backtest speed` for a table of speed logs (default: shipped).
+
+    Its keys: docs/interface.md, backtest.
 
     Bands: by where the model ran (`cpu`, `hybrid`, `gpu`) and `all`, for rows at n_kv < 1000, and
     `long` for the others; `controls` hold the direction of differences on one rig, the error after

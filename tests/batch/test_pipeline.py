@@ -1,4 +1,4 @@
-"""Pipeline files: the contract's example, defaults, and errors that name job and key."""
+"""Pipeline files: the documented example, defaults, and errors that name job and key."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def write(folder: Path, text: str) -> Path:
     return path
 
 
-def test_the_example_of_the_contract(tmp_path: Path) -> None:
+def test_the_documented_example(tmp_path: Path) -> None:
     """Jobs × budgets become requests with the defaults filled in."""
     found = load(write(tmp_path, EXAMPLE))
     first, second = found.jobs

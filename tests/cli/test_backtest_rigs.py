@@ -20,7 +20,7 @@ def call(*args: str) -> Result:
 
 
 def test_memory_backtest_needs_no_files() -> None:
-    """One JSON document on stdout with the bands of the contract, from the shipped logs."""
+    """One JSON document on stdout with the documented bands, from the shipped logs."""
     done = call("backtest", "memory", "--json", "--quiet")
     assert done.exit_code == 0
     doc = json.loads(done.stdout)

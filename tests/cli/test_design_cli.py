@@ -55,7 +55,7 @@ def quantmix(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 def test_wrong_input_gets_one_line(
     args: tuple[str, ...], code: int, words: str, tmp_path: Path
 ) -> None:
-    """One clear line on stderr that names the thing, and the exit code of the contract."""
+    """One clear line on stderr that names the thing, and the documented exit code."""
     done = quantmix("design", *args, "--out", "out", cwd=tmp_path)
     assert done.returncode == code, done.stderr
     assert words in done.stderr
@@ -77,7 +77,7 @@ def test_an_unwritable_folder_is_named(tmp_path: Path) -> None:
 
 
 def test_design_writes_a_whole_folder_and_one_document(tmp_path: Path) -> None:
-    """stdout is one JSON document; the folder holds every file of the contract."""
+    """stdout is one JSON document; the folder holds every documented file."""
     done = quantmix("design", "qwen3-0.6b", "--vram", "6G", "--json", "--out", "out", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     doc = json.loads(done.stdout)
