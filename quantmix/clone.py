@@ -188,6 +188,7 @@ def _recipe(
             lower_bound=0.0,
             gap=1.0 if total else 0.0,
             constraints=(f"types as in {origin}; nothing was searched",),
+            holds_for="nothing: taken over, not searched",
         ),
         speed=Speed(),
     )

@@ -302,8 +302,8 @@ def _require_floors(
 def _guard(model: Model, columns: Sequence[GgmlType], allowed: NDArray[np.bool_]) -> list[str]:
     """Keep always-active tensors of expert models out of the lowest bits; fix unloaded MTP blocks.
 
-    Single-tensor damage under-measures small tensors that every token passes (research:
-    peers-optimizers c6); where nothing at or above the guard is allowed, the best option stays.
+    Single-tensor damage under-measures small tensors that every token passes; where nothing at or
+    above the guard is allowed, the best option stays.
     """
     bpw = np.array([t.bpw for t in columns])
     said = []

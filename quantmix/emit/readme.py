@@ -103,8 +103,11 @@ def _engine_name(recipe: Recipe) -> str:
 
 def _proof(recipe: Recipe) -> str:
     o = recipe.optimality
-    gap = "better than the recipe it came from, as measured; no bound is proven"
-    if not recipe.refined:
+    if recipe.refined:
+        gap = "better than the recipe it came from, as measured; no bound is proven"
+    elif o.holds_for.startswith("nothing"):
+        gap = "types as they were given: nothing was searched, no bound is proven"
+    else:
         gap = f"within {o.gap:.1e} of the proven bound"
     if o.given_for_speed:
         gap += f" before {o.given_for_speed:.5f} nats were given for speed"

@@ -1,7 +1,7 @@
 """From a type per tensor to the few anchored rules that give it, proven by matching them back.
 
 Every rule is anchored and names its layers, so no two rules match the same tensor and the order
-does not matter: engines have been first-wins and last-wins (research: engines-state §1.1).
+does not matter: engines have been first-wins and last-wins (docs/architecture.md, facts).
 """
 
 from __future__ import annotations

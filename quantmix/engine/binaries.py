@@ -1,8 +1,7 @@
 """The user's own llama-quantize and llama-perplexity: probed, run, output parsed.
 
-Used for GPU runs and models too large for the packaged CPU library. What their output means is in
-the research notes (engines §5): success is a `Final estimate` line, never the exit code alone,
-since a NaN run prints none and still exits 0.
+Used for GPU runs and models too large for the packaged CPU library. Success is a `Final estimate`
+line, never the exit code alone, since a NaN run prints none and still exits 0 (perplexity.cpp).
 """
 
 from __future__ import annotations

@@ -93,7 +93,7 @@ class Running:
 
 
 def parse(log: str, program: Program) -> DryRun:
-    """Read the log of a dry run (stderr alone; research: ik-quantize-semantics §8).
+    """Read the log of a dry run (stderr alone).
 
     The type is taken from `converting to`, never from `Using custom type`.
 

@@ -4,7 +4,7 @@ The definition is llama-perplexity's.
 
 Text → tokens (its last newline dropped) → chunks of n_ctx; per chunk the second half is scored:
 logits at positions n_ctx/2 … n_ctx−2 against the tokens that follow, 255 per chunk of 512
-(perplexity.cpp; research notes, engines §5.2).
+(perplexity.cpp).
 """
 
 from __future__ import annotations

@@ -188,7 +188,7 @@ class Session:
         """Return the tokens of `text`, int32 [n], with BOS where the model asks for it.
 
         As in both engines' perplexity tools: special tokens added, none parsed from the text
-        (research: perplexity.cpp, `common_tokenize(ctx, prompt, true)`).
+        (perplexity.cpp: `common_tokenize(ctx, prompt, true)`).
         """
         raw = text.encode()
         room = len(raw) + 8

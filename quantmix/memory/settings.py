@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from quantmix.ggml.types import Engine
 
-# Newest builds whose behaviour is known (research notes; docs/sources.md).
+# Newest builds whose behaviour is known (docs/sources.md).
 NEWEST_BUILD: dict[Engine, str] = {"ik": "2026-08-15", "mainline": "2026-10-01"}
 # Logs of older builds were not read (docs/memory-model.md).
 OLDEST_BUILD = "2025-03-01"

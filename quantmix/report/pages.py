@@ -229,11 +229,15 @@ def _proof(book: Book) -> list[str]:
             f" Of these, {book.num(f'{o}.given_for_speed', 'nats')} were given up for speed, "
             "within the quality slack; the gap is that of the damage before."
         )
-    lines = [
-        f"<p>No mix under these constraints does less than "
-        f"{book.num(f'{o}.lower_bound', 'nats')} nats; this one does "
-        f"{book.num(f'{o}.objective', 'nats')} (gap {book.num(f'{o}.gap', 'gap')}).{given}</p>"
-    ]
+    does = f"{book.num(f'{o}.objective', 'nats')}"
+    if str(recipe["optimality"].get("holds_for")).startswith("nothing"):
+        lines = [f"<p>No bound was proven: this mix was not searched. It does {does} nats.</p>"]
+    else:
+        lines = [
+            f"<p>No mix under these constraints does less than "
+            f"{book.num(f'{o}.lower_bound', 'nats')} nats; this one does {does} "
+            f"(gap {book.num(f'{o}.gap', 'gap')}).{given}</p>"
+        ]
     prices = recipe["optimality"]["prices"]
     if prices:
         worth = ", ".join(

@@ -24,6 +24,7 @@ from quantmix.ggml.types import Engine, get, resolve, table
 from quantmix.models.ghost import write_ghost
 from quantmix.models.model import Tensor
 from quantmix.models.sources import load_model
+from quantmix.report import build, pages
 
 app = typer.Typer()
 clone.register(app)
@@ -150,6 +151,19 @@ def test_import_resolves_first_match_and_fallbacks(tmp_path: Path) -> None:
     assert kinds["token_embd.weight"] == "q6_0"
     assert kinds["blk.3.ffn_norm.weight"] == "f32"
     assert out["model"]["id"] == "smollm2-135m"
+
+
+def test_a_mix_taken_over_claims_no_proof(tmp_path: Path) -> None:
+    """Neither its page nor its report speaks of a bound: nothing was searched."""
+    path = tmp_path / "mix.recipe"
+    path.write_text(RULES)
+    folder = Path(doc("import", str(path), "--out", str(tmp_path / "r"))["recipe"])
+    page = (folder / "README.md").read_text()
+    assert "nothing was searched, no bound is proven" in page
+    assert "within" not in page
+    report = pages.design_page(build.design(folder, db=None))
+    assert "No bound was proven" in report
+    assert "No mix under these constraints" not in report
 
 
 def test_import_needs_every_tensor_or_a_default(tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ def test_no_type_of_the_library_is_missing(libggml: ctypes.CDLL) -> None:
     ],
 )
 def test_sizes_that_llama_quantize_printed(shape: tuple[int, ...], name: str, mib: float) -> None:
-    """Sizes printed by llama-quantize itself come out (research: data README)."""
+    """Sizes printed by llama-quantize itself come out."""
     assert round(types.get(name).tensor_bytes(shape) / 2**20, 2) == mib
 
 
