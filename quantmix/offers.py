@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final
 
+from quantmix.engine import presets
 from quantmix.errors import BadFile, QuantmixError, UsageError
 from quantmix.ggml import types
 from quantmix.ggml.shards import numbers_of, prefix_of
@@ -19,6 +20,12 @@ from quantmix.models.model import Model
 from quantmix.models.several import gguf_specs
 from quantmix.models.sources import is_file_spec, load_model
 
+STOCK: Final = (
+    *("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "IQ4_XS", "Q3_K_M", "IQ3_XXS", "Q2_K", "IQ2_XXS"),
+    *("IQ1_M", "IQ1_S"),
+)
+"""Presets that most models are published at."""
+
 _AT_ONCE: Final = 8  # headers read at a time over the network
 
 
@@ -27,20 +34,23 @@ class Offer:
     """A file that could be taken.
 
     Attributes:
-        name: short, for tables. source: a file, `hf:…` or URL; for a published mix its page.
+        name: short, for tables.
+        source: a file, `hf:…` or URL; of a mix that is known without a file, where it is told of.
         model: the types of the file are the source types of its tensors.
         published: what its publisher measured.
+        is_file: whether `source` is one.
     """
 
     name: str
     source: str
     model: Model
     published: Published | None = None
+    is_file: bool = True
 
     @property
     def file(self) -> str:
         """The first file as it is called once it is here; `MODEL` where that is not known."""
-        if self.published is not None:
+        if not self.is_file:
             return "MODEL"
         if not self.source.startswith("hf:"):
             return self.source.rpartition("/")[2] if "://" in self.source else self.source
@@ -72,15 +82,22 @@ class Offers:
 
 
 def offers(
-    specs: Sequence[str], on_event: Callable[[dict[str, Any]], None] | None = None
+    specs: Sequence[str],
+    on_event: Callable[[dict[str, Any]], None] | None = None,
+    *,
+    stock: Sequence[str] = (),
+    engine: Engine = "ik",
 ) -> Offers:
     """Return the files behind `specs`; in a folder, files of another model than most are left out.
 
     Args:
         specs: what `gguf_specs` takes, or a name of the catalog for its published mixes.
         on_event: progress, `{"file": i, "of": n}`.
+        stock: presets of llama-quantize to offer too, of names of the catalog, as `engine` makes
+            them.
 
     Raises:
+        EngineMissing, EngineError: presets, and no engine that tells what they are.
         UnknownName, BadFile: nobody knows a name, nothing can be read.
         UsageError: files that were named one by one are of different models.
     """
@@ -88,7 +105,7 @@ def offers(
     named: list[Offer] = []
     left_out: list[tuple[str, str]] = []
     for spec in specs:
-        more = _of_files(spec, on_event) if is_file_spec(spec) else _of_catalog(spec)
+        more = _of_files(spec, on_event) if is_file_spec(spec) else _of_catalog(spec, stock, engine)
         found += more.files
         named += more.files if len(more.files) + len(more.left_out) == 1 else ()
         left_out += more.left_out
@@ -110,8 +127,8 @@ def offers(
     return Offers(_named_apart(same), tuple(left_out))
 
 
-def _of_catalog(name: str) -> Offers:
-    """Return the published mixes of a model of the catalog whose types are known.
+def _of_catalog(name: str, stock: Sequence[str], engine: Engine) -> Offers:
+    """Return the published mixes of a model of the catalog whose types are known, and presets.
 
     Nobody tells the types of multi-token blocks, which are not run: they are left out.
     """
@@ -128,9 +145,13 @@ def _of_catalog(name: str) -> Offers:
         except QuantmixError as err:
             left_out.append((row.label, str(err)))
             continue
-        found.append(Offer(row.label, row.source, _typed(model, chances), row))
-    if not rows:
-        left_out.append((model.id, "no mix of it is known: give GGUF files, or hf:org/name"))
+        mix = _typed(model, chances)
+        found.append(Offer(row.label, row.source, mix, row, is_file=False))
+    for preset in stock:
+        mix = presets.made(model, preset, engine)
+        found.append(Offer(f"{preset} (stock)", "a preset of llama-quantize", mix, is_file=False))
+    if not found and not rows:
+        left_out.append((model.id, "no mix of it is known: add --presets, or name GGUF files"))
     return Offers(tuple(found), tuple(left_out))
 
 
@@ -188,7 +209,7 @@ def _named_apart(found: Sequence[Offer]) -> tuple[Offer, ...]:
     names = [o.name for o in found]
     return tuple(
         replace(o, name=f"{o.source.rpartition('/')[0].rpartition('/')[2]}/{o.name}")
-        if names.count(o.name) > 1 and o.published is None
+        if names.count(o.name) > 1 and o.is_file
         else o
         for o in found
     )

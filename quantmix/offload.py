@@ -11,6 +11,7 @@ from typing import Final
 from quantmix.assemble import device_use
 from quantmix.emit.flags import OffloadFlags, offload
 from quantmix.emit.lint import wrong_devices
+from quantmix.engine import presets
 from quantmix.errors import InfeasibleBudget
 from quantmix.ggml import types
 from quantmix.ggml.types import Engine, GgmlType
@@ -62,10 +63,15 @@ class OffloadPlan:
 def stored(model: Model, engine: Engine, at: str | None = None) -> StoredModel:
     """Return the model with the types of its file, or with every matrix at type `at`.
 
+    `at` may be a preset of llama-quantize.
+
     Raises:
         UnknownName: a type that the engine does not have.
         UsageError: `at` cannot be written to some tensor.
+        EngineMissing, EngineError: a preset, and no engine that tells what it is.
     """
+    if at and presets.is_preset(at, engine):
+        return stored(presets.made(model, at, engine), engine)
     chosen = tuple(
         types.resolve(at, t.name, t.shape, engine)
         if at and t.quantizable

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from quantmix.assemble import size_of
+from quantmix.engine import presets
 from quantmix.errors import BadFile, UnknownName, UsageError
 from quantmix.ggml.header import is_gguf
 from quantmix.ggml.types import Engine, GgmlType, get, resolve
@@ -81,13 +82,18 @@ def predict(
     )
 
 
-def uniform(model: Model, name: str, engine: Engine = "ik") -> dict[str, str]:
-    """Return every quantizable tensor of `model` at one type.
+def uniform(
+    model: Model, name: str, engine: Engine = "ik", *, imatrix: bool = True
+) -> dict[str, str]:
+    """Return every quantizable tensor of `model` at one type, or as a preset makes it.
 
     Raises:
         UnknownName: the engine has no such type.
         UsageError: it cannot write it.
+        EngineMissing, EngineError: a preset, and no engine that tells what it is.
     """
+    if presets.is_preset(name, engine):
+        return presets.types_of(model, name, engine, imatrix=imatrix)
     _require_writable([name], engine)
     return {t.name: name for t in model.tensors if t.quantizable}
 

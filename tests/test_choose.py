@@ -144,6 +144,25 @@ def test_published_mixes_of_the_catalog() -> None:
     assert left == {r.label for r in rows if not r.mix}
 
 
+def test_stock_presets_stand_beside_what_was_published() -> None:
+    """They are the engine's own mixes; a model that nobody published has them alone."""
+    found = offers(["qwen3-32b"], stock=("Q4_K_M", "Q8_0"))
+    assert [o.name for o in found.files] == ["Q4_K_M (stock)", "Q8_0 (stock)"]
+    choice = choose(found, Budget.from_gpus("1xrtx-4090", ctx=16384), design=False)
+    assert choice.pick is not None
+    assert choice.pick.offer.name == "Q4_K_M (stock)"
+    assert choice.pick.offer.file == "MODEL"
+    assert choice.pick.size is not None
+    base = load_model("qwen3-32b")
+    mix = predict.uniform(base, "Q4_K_M")
+    assert choice.pick.size == predict.predict(base, mix).size
+    both = offers(["deepseek-r1-0528"], stock=("IQ1_M",))
+    assert both.files[-1].published is None
+    assert all(o.published for o in both.files[:-1])
+    with pytest.raises(BadFile, match="--presets"):
+        offers(["qwen3-32b"])
+
+
 def test_blocks_that_are_not_run_are_no_part_of_published_mixes() -> None:
     """Nobody tells the types of GLM's multi-token block; sizes agree without it."""
     for offer in offers(["glm-4.5-air"]).files:

@@ -7,14 +7,23 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from quantmix.cli import options
-from quantmix.cli.common import JsonFlag, QuietFlag, answer_errors, console, print_json
+from quantmix.cli.common import (
+    JsonFlag,
+    QuietFlag,
+    answer_errors,
+    console,
+    one_of,
+    print_json,
+    print_out,
+    print_table,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from quantmix.choose import Choice, Judged
 
-_NOT_OF_THE_REQUEST = ("files", "no_design", "as_json", "quiet")
+_NOT_OF_THE_REQUEST = ("files", "presets", "no_design", "as_json", "quiet")
 
 
 def register(app: typer.Typer) -> None:
@@ -64,6 +73,10 @@ def choose(
     amb: options.Amb = 256,
     nkvo: options.Nkvo = False,
     mtp: options.Mtp = False,
+    presets: Annotated[
+        bool,
+        typer.Option("--presets", help="Of a catalog model also the stock presets, Q8_0 to IQ1_S."),
+    ] = False,
     no_design: Annotated[
         bool, typer.Option("--no-design", help="Do not say what a design would be.")
     ] = False,
@@ -77,7 +90,8 @@ def choose(
     from quantmix.choose import require_one
     from quantmix.cli.progress import bar
     from quantmix.flag_texts import parse_ctx
-    from quantmix.offers import offers
+    from quantmix.ggml.types import ENGINES
+    from quantmix.offers import STOCK, offers
     from quantmix.request import Request, budget_of
 
     request = Request(model=files[0], **asked)
@@ -85,7 +99,8 @@ def choose(
     budget_of(request, is_mla=False)  # wrong flags are told before headers are fetched
     screen = console(quiet)
     with bar(screen, "reading headers", "file") as tick:
-        found = offers(files, tick)
+        known = one_of("engine", engine, ENGINES)
+        found = offers(files, tick, stock=STOCK if presets else (), engine=known)
     budget, _ = budget_of(request, is_mla=found.model.hparams.is_mla)
     with bar(screen, "placing", "file") as tick:
         choice = judge(
@@ -102,7 +117,7 @@ def choose(
     assert budget.rig is not None
     pick = require_one(choice, budget.rig)
     if not as_json:
-        print("\n".join(_lines(pick)))
+        print_out("\n".join(_lines(pick)))
 
 
 def _show(choice: Choice, machine: str, screen: Console) -> None:
@@ -124,7 +139,7 @@ def _show(choice: Choice, machine: str, screen: Console) -> None:
             "quantmix design", *_figures(made.size, made.quality, made.speed), "to be made"
         )
     screen.print(Text.assemble((model.display or model.id, "bold")))
-    screen.print(table)
+    print_table(screen, table)
     reasons: dict[str, list[str]] = {}
     for name, why in choice.offers.left_out:
         reasons.setdefault(why, []).append(name)

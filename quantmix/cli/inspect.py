@@ -34,7 +34,8 @@ def register(app: typer.Typer) -> None:
 def inspect(
     model: options.ModelName,
     at: Annotated[
-        str | None, typer.Option(help="Sizes at this type, the engine's fallbacks applied.")
+        str | None,
+        typer.Option(help="Sizes at this type (iq4_ks), fallbacks applied, or preset (Q4_K_M)."),
     ] = None,
     by: Annotated[str, typer.Option(help="One line per role, layer or tensor.")] = "role",
     sort: Annotated[
@@ -48,6 +49,7 @@ def inspect(
     quiet: QuietFlag = False,
 ) -> None:
     """Parse, load, print."""
+    from quantmix.engine import presets
     from quantmix.ggml.types import ENGINES
     from quantmix.models.inspect import GROUPINGS, group, rows_of, sort_groups, total
     from quantmix.models.sources import load_model
@@ -55,6 +57,8 @@ def inspect(
     grouping = one_of("grouping", by, GROUPINGS)
     known_engine = one_of("engine", engine, ENGINES)
     loaded = load_model(model, layout=layout)
+    if at and presets.is_preset(at, known_engine):
+        loaded, at = presets.made(loaded, at, known_engine), None
     rows = rows_of(loaded, at, known_engine)
     groups = sort_groups(group(rows, grouping), sort)
     if as_json:

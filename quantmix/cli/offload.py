@@ -52,7 +52,8 @@ def offload(
     cpu: options.Cpu = None,
     cpu_cores: options.CpuCores = None,
     at: Annotated[
-        str | None, typer.Option(help="Take every matrix at this type (models without a file).")
+        str | None,
+        typer.Option(help="Models without a file: every matrix at this type, or a preset's mix."),
     ] = None,
     engine: options.Engine = "ik",
     engine_build: options.EngineBuild = None,

@@ -38,7 +38,11 @@ def predict(
         typer.Option("--recipe", help="A recipe of ours, a file of regex=type lines, or a GGUF."),
     ] = None,
     uniform: Annotated[
-        str | None, typer.Option("--uniform", help="One type for every tensor, as iq4_ks.")
+        str | None,
+        typer.Option(
+            "--uniform",
+            help="One type for every tensor (iq4_ks), or a preset (Q4_K_M).",
+        ),
     ] = None,
     engine: Annotated[EngineName, typer.Option("--engine", help="Engine.")] = EngineName.ik,
     layout: Annotated[
@@ -67,7 +71,7 @@ def predict(
     if recipe is not None:
         asked = mixes.read_mix(recipe, base, engine.value)
     else:
-        asked = mixes.uniform(base, uniform or "", engine.value)
+        asked = mixes.uniform(base, uniform or "", engine.value, imatrix=not no_imatrix)
     loss = load_loss(base, engine=engine.value, imatrix=not no_imatrix, measurements=measurements)
     foreign = recipe is not None and not mixes.is_ours(recipe)
     found = mixes.predict(base, asked, engine=engine.value, loss=loss, foreign=foreign)

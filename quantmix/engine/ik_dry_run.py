@@ -27,20 +27,28 @@ _KEPT: Final = re.compile(r"size =\s*(?P<size>[\d.]+) MB")
 _TOTAL: Final = re.compile(r"quant size\s*=\s*([\d.]+) MB")
 
 
+Tensors = Mapping[str, DryTensor]
+
+
 @dataclass(frozen=True, slots=True)
 class DryRun:
     """A dry run over a whole file; `sizes_by` says whose row sizes the bytes rest on."""
 
-    tensors: Mapping[str, DryTensor]
+    tensors: Tensors
     printed_total_mib: float
     program: Program
     sizes_by: str
 
 
 def start(
-    ghost: Path, rules: Sequence[str], ftype: str, llama_bin: str | Path | None = None
+    ghost: Path,
+    rules: Sequence[str],
+    ftype: str,
+    llama_bin: str | Path | None = None,
+    *,
+    imatrix: Path | None = None,
 ) -> Running:
-    """Start a dry run; `finish` waits for it.
+    """Start a dry run; `finish` waits for it. Without rules the preset `ftype` decides.
 
     Raises:
         EngineMissing: there is no llama-quantize of ik.
@@ -49,7 +57,9 @@ def start(
     program = find_program("llama-quantize", llama_bin, engine="ik")
     command = [
         str(program.path),
-        *("--dry-run", "--ignore-imatrix-rules", "--custom-q", ",".join(rules)),
+        *("--dry-run", "--ignore-imatrix-rules"),
+        *(("--imatrix", str(imatrix)) if imatrix else ()),
+        *(("--custom-q", ",".join(rules)) if rules else ()),
         *(str(ghost), str(ghost.with_name("never-written.gguf")), ftype),
     ]
     try:

@@ -8,9 +8,13 @@ from typing import Any, Final
 
 from quantmix.units import GIB, gib
 
+_MOST_LN: Final = math.log(10.0)  # beyond it a figure would only look exact
+
 
 def percent(ln_ratio: float) -> str:
     """Return a ratio given as its logarithm, as a rise in percent."""
+    if ln_ratio > _MOST_LN:
+        return "> +999 %"
     value = 100 * math.expm1(ln_ratio)
     digits = 2 if abs(value) < 9.995 else 1 if abs(value) < 99.95 else 0
     return f"{value:+.{digits}f} %"

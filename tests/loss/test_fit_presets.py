@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from quantmix.engine.mainline_find import find_mainline
+from quantmix.engine.presets import types_of
 from quantmix.errors import EngineMissing
 from quantmix.loss import mixes
 from quantmix.loss.fit import curate, presets
@@ -44,7 +45,7 @@ def test_shipped_presets_are_what_mainline_gives(preset: str, imatrix: str) -> N
     except EngineMissing:
         pytest.skip("no mainline library here")
     model = load_model("llama-3-8b")
-    types = presets.types_of(model, preset, imatrix == "yes")
+    types = types_of(model, preset, "mainline", imatrix=imatrix == "yes")
     assert curate.preset_mixes()["llama-3-8b", preset, imatrix] == presets.as_mix(model, types)
     if preset == "IQ3_XXS":
-        assert presets.types_of(model, preset, False) != types
+        assert types_of(model, preset, "mainline", imatrix=False) != types

@@ -12,17 +12,15 @@ from __future__ import annotations
 import argparse
 import csv
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Final
 
-from quantmix.engine import mainline
+from quantmix.engine.presets import types_of
 from quantmix.ggml.types import get
 from quantmix.loss import evidence
 from quantmix.loss.fit import command, curate
-from quantmix.models.ghost import write_ghost
 from quantmix.models.model import Model
 from quantmix.models.sources import load_model
 from quantmix.units import GIB
@@ -32,21 +30,6 @@ COLUMNS: Final = ("model", "preset", "imatrix", "mix")
 CORPORA: Final = (evidence.CORPUS, curate.PART)
 _SIZE_AGREES: Final = 0.015
 _VOCABULARY_BYTES: Final = 10 << 20
-
-
-def types_of(model: Model, preset: str, imatrix: bool) -> dict[str, str]:
-    """Return what mainline's llama-quantize gives each tensor of `model`, by tensor name.
-
-    Raises:
-        EngineMissing: no mainline engine that can quantize was found.
-        EngineError: the engine refuses the preset or the model.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        ghost = Path(folder) / "ghost.gguf"
-        write_ghost(ghost, model, engine="mainline")
-        found = mainline.dry_run(ghost, (), preset, imatrix=imatrix).tensors
-    quantizable = {t.name for t in model.tensors if t.quantizable}
-    return {n: t.type for n, t in found.items() if n in quantizable}
 
 
 def as_mix(model: Model, types: Mapping[str, str]) -> str:
@@ -104,7 +87,7 @@ def main() -> None:
         if key in out:
             continue
         model = load_model(row["model"])
-        types = types_of(model, preset, key[2] == "yes")
+        types = types_of(model, preset, "mainline", imatrix=key[2] == "yes")
         off = _off(model, types, row["size_gib"])
         if off:
             print(f"{' '.join(key)}: {off:+.1%} of the size published", file=sys.stderr)
