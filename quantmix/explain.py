@@ -25,7 +25,7 @@ from quantmix.emit.lint_flags import (
     settings_of,
 )
 from quantmix.emit.simulate import head_home, landings, layer_homes, override_rules, visible
-from quantmix.errors import InfeasibleBudget, UsageError
+from quantmix.errors import EngineError, InfeasibleBudget, UsageError
 from quantmix.ggml import types
 from quantmix.ggml.types import Engine
 from quantmix.memory.homes import Homes, is_expert
@@ -33,7 +33,7 @@ from quantmix.memory.model import HOST, Placement
 from quantmix.memory.settings import Settings
 from quantmix.models.model import Model
 from quantmix.mtp import with_mtp
-from quantmix.offload import OffloadPlan, StoredModel, device_uses, holds, place
+from quantmix.offload import OffloadPlan, StoredModel, device_uses, holds, place, stored
 from quantmix.recipe import DeviceUse
 from quantmix.rig.device import Device, Rig
 from quantmix.speed.model import (
@@ -47,6 +47,8 @@ from quantmix.speed.prediction import Speed
 from quantmix.units import gib
 
 _SEVERITIES: Final = ("error", "warning", "note")
+# A preset in a file name; unsloth's `UD-…` are mixes of their own, interleaved files are repacked.
+_PRESET: Final = re.compile(r"(?<![A-Z0-9_])(?<!UD-)(I?Q\d_[A-Z0-9]+(?:_[SML])?)(?![A-Z0-9_])")
 # Options that a better line replaces; all others of the pasted line are kept as they were.
 _LAYOUT: Final = frozenset(
     {
@@ -208,6 +210,24 @@ def _quoted(word: str) -> str:
     if re.search(r"\$(\w|\{\w+\})", word) and not re.search(r"[\"`\\]", word):
         return f'"{word}"'
     return shlex.quote(word)
+
+
+def guessed(model: Model, name: str, engine: Engine) -> tuple[StoredModel, str | None]:
+    """Return a model with the types that a file name speaks of, and what it says.
+
+    A preset (`…-Q4_K_M-00001-of-…`) is what llama-quantize makes of it, where an engine tells;
+    else, and where publishers mix on their own (`UD-Q2_K_XL`), every matrix has the type named.
+    Without either the types stay as they are.
+    """
+    preset = _PRESET.search(name.rsplit("/", 1)[-1].upper())
+    for what in (preset and preset[1], type_in_name(name, engine)):
+        if what is None:
+            continue
+        try:
+            return stored(model, engine, what), what
+        except (EngineError, UsageError):
+            continue
+    return stored(model, engine), None
 
 
 def type_in_name(name: str, engine: Engine) -> str | None:

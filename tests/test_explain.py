@@ -10,7 +10,7 @@ import pytest
 from quantmix.budget import with_ram
 from quantmix.emit.simulate import replay
 from quantmix.errors import UsageError
-from quantmix.explain import Explanation, explain, type_in_name
+from quantmix.explain import Explanation, explain, guessed, type_in_name
 from quantmix.memory.settings import Settings
 from quantmix.models.sources import load_model
 from quantmix.offload import StoredModel, stored
@@ -274,3 +274,16 @@ def test_types_are_read_from_file_names() -> None:
     assert type_in_name("Qwen3-Q4_K_M.gguf", "mainline") == "q4_K"
     assert type_in_name("R1-IQ4_KS.gguf", "mainline") is None
     assert type_in_name("model.gguf", "ik") is None
+
+
+@pytest.mark.engine
+def test_a_preset_in_a_file_name_is_what_the_engine_makes_of_it() -> None:
+    """Not one type throughout; publishers' own mixes and unknown names keep to what is said."""
+    model = load_model("llama-3.1-8b")
+    file, said = guessed(model, "x/Llama-3.1-8B-Instruct-Q4_K_M-00001-of-00002.gguf", "ik")
+    assert said == "Q4_K_M"
+    assert file.tensor_bytes == stored(model, "ik", "Q4_K_M").tensor_bytes
+    assert file.tensor_bytes > 1.05 * stored(model, "ik", "q4_K").tensor_bytes
+    for name, told in (("UD-Q4_K_XL", "q4_K"), ("IQ4_KS_R4", "iq4_ks_r4"), ("Q8_0", "Q8_0")):
+        assert guessed(model, f"Llama-{name}.gguf", "ik")[1] == told
+    assert guessed(model, "Llama.gguf", "ik")[1] is None

@@ -125,7 +125,7 @@ def _lint(
 
     from quantmix.budget_flags import names_a_machine
     from quantmix.emit.cmdline import parse_text
-    from quantmix.explain import explain, type_in_name
+    from quantmix.explain import explain, guessed
     from quantmix.offload import stored
     from quantmix.request import budget_of
 
@@ -134,10 +134,10 @@ def _lint(
         request if known else replace(request, vram="1G"), is_mla=loaded.hparams.is_mla
     )
     engine = budget.settings.engine
-    named = None
     if at is None and loaded.header_bytes is None:
-        named = type_in_name(parse_text(text).value("model") or "", engine)
-    file = stored(loaded, engine, at or named)
+        file, named = guessed(loaded, parse_text(text).value("model") or "", engine)
+    else:
+        file, named = stored(loaded, engine, at), None
     machine = budget.rig if known else None
     found = explain(text, file, machine, budget.settings, measured_tps=measured)
     _explained(found, file, named, as_json, quiet)

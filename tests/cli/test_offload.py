@@ -80,7 +80,7 @@ def test_pasted_flags_as_text_name_the_assumed_type() -> None:
     """Without --at the type in the pasted file name is taken, and told."""
     result = run("deepseek-r1", "--lint", "-m R1-IQ4_KS.gguf -ot exps=CPU")
     assert result.exit_code == 0
-    assert "iq4_ks" in result.output
+    assert "IQ4_KS" in result.output
 
 
 @pytest.mark.parametrize(
