@@ -42,6 +42,26 @@ def write_bytes(path: str | Path, data: bytes) -> None:
         raise UsageError(f"cannot write {target}: {err.strerror}") from err
 
 
+def require_creatable(path: str | Path) -> None:
+    """Refuse a place that cannot be written, before the work whose result goes there.
+
+    Missing folders are made.
+
+    Raises:
+        UsageError: it cannot be written, or is a folder.
+    """
+    target = Path(path)
+    if target.is_dir():
+        raise UsageError(f"cannot write {target}: it is a folder")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{target.name}-", dir=target.parent)
+        os.close(handle)
+        os.unlink(name)
+    except OSError as err:
+        raise UsageError(f"cannot write {target}: {err.strerror}") from err
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write `text` as UTF-8 to `path`, all or nothing; names that are no UTF-8 are escaped."""
     write_bytes(path, text.encode("utf-8", "backslashreplace"))

@@ -19,6 +19,7 @@ from quantmix.engine import child, native
 from quantmix.engine.perplexity import read_corpus
 from quantmix.engine.quantize import require_same_tensors
 from quantmix.errors import BadFile, EngineError, UnknownName, UsageError
+from quantmix.files import require_creatable
 from quantmix.ggml import imatrix as imatrices
 from quantmix.ggml import types
 from quantmix.ggml.weights import WeightsFile, open_weights
@@ -139,6 +140,7 @@ def measure(
 
     Raises:
         BadFile: `out` was measured under other conditions; bad source, text or imatrix.
+        UsageError: `out` cannot be written.
         EngineError: the engine fails even before the first probe.
     """
     weights = open_weights(run.source)
@@ -146,6 +148,7 @@ def measure(
     if run.imatrix:
         read_imatrix(run.imatrix, weights)
     wanted = {g.key for g in run.groups}
+    require_creatable(out)
     log = _Log(_open_results(run, weights, out), out)
     while left := [g for g in run.groups if g.key not in log.state.done]:
         log.begin(left)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
@@ -21,7 +22,7 @@ from quantmix.engine.perplexity import Evaluation, evaluate, read_corpus
 from quantmix.engine.quantize import compare
 from quantmix.engine.scores import Scores
 from quantmix.errors import BadFile, QuantmixError, UsageError
-from quantmix.ggml.types import Engine
+from quantmix.ggml.types import FLOATS, Engine
 from quantmix.ggml.weights import WeightsFile, open_weights
 from quantmix.loss.evidence import N_CTX, OTHER_BASE, base_ppl
 from quantmix.recipe import Recipe
@@ -55,7 +56,7 @@ class Verified:
     """A measured file.
 
     `kld_here` is the KLD that own probes predict for this very text, `kld_error` what kept them
-    from it, though asked to.
+    from it, though asked to. `notes` say what the figures are not.
     """
 
     weights: WeightsFile
@@ -64,6 +65,7 @@ class Verified:
     n_elements: int
     kld_here: AnchoredKld | None = None
     kld_error: QuantmixError | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def tensor_bytes(self) -> int:
@@ -92,6 +94,7 @@ class Verified:
             "bpw": 8 * self.tensor_bytes / self.n_elements,
             "forward_seconds": e.forward_seconds,
             "seconds": e.seconds,
+            "notes": list(self.notes),
         }
 
 
@@ -193,13 +196,30 @@ def verify(
         whole = chunks is None
         predicted = predict(target.recipe, found, whole_text=whole) if target.recipe else None
         n_elements = sum(math.prod(info.shape) for info, _, _ in weights.tensors.values())
-        verified = Verified(weights, found, predicted, n_elements)
+        verified = Verified(weights, found, predicted, n_elements, notes=_base_note(base))
         store.add(_row(verified, base))
         if planned and logits_base:
             verified = _with_kld(
                 verified, planned, Path(corpus), Path(logits_base), threads, on_event
             )
     return verified
+
+
+def _base_note(base: str | Path | None) -> tuple[str, ...]:
+    """Say so where the base is a quantized file itself, unless it was trained that way."""
+    if base is None:
+        return ()
+    weights = open_weights(base)
+    by_type: dict[str, int] = defaultdict(int)
+    for info, _, _ in weights.tensors.values():
+        by_type[info.type.name] += info.n_bytes
+    top = max(by_type, key=lambda n: by_type[n])
+    if top in (*FLOATS, "mxfp4"):
+        return ()
+    return (
+        f"the base, {weights.path.name}, is quantized itself (mostly {top}): KLD and ln(PPL/base) "
+        "are against it, not against the unquantized model",
+    )
 
 
 def _with_kld(

@@ -207,3 +207,12 @@ def test_the_store_knows_whether_there_was_a_matrix(made: Any, tmp_path: Path) -
     _verify(made, verify.find_target(made[1]), tmp_path)
     with Store(tmp_path / "s.db") as store:
         assert [row.imatrix for row in store.find()] == [0]
+
+
+def test_a_base_that_is_quantized_itself_is_told(made: Any, tmp_path: Path) -> None:
+    """KLD against it is not KLD against the model; an unquantized base says nothing."""
+    source, folder = made[:2]
+    target = verify.find_target(folder)
+    (note,) = _verify(made, target, tmp_path, base=target.file).notes
+    assert "q.gguf, is quantized itself (mostly" in note
+    assert _verify(made, target, tmp_path, base=source).notes == ()

@@ -120,6 +120,8 @@ def _show(found: Verified, screen: Console) -> None:
             f"p99 {d.p99:.4f}, max {d.max:.3f}, same top token {100 * d.same_top:.2f}%, "
             f"ln(PPL/base) {e.log_ratio.mean:+.5f} ± {e.log_ratio.err:.5f}"
         )
+    for note in found.notes:
+        screen.print(f"note: {note}", style="yellow", markup=False)
     if found.kld_here and e.divergence:
         k = found.kld_here
         screen.print(

@@ -23,6 +23,7 @@ from quantmix.engine.child import Emit
 from quantmix.engine.perplexity import read_corpus
 from quantmix.engine.session import Session
 from quantmix.errors import EngineError
+from quantmix.files import require_creatable
 from quantmix.ggml import imatrix as files
 from quantmix.ggml.imatrix import Entry, Imatrix
 from quantmix.ggml.weights import open_weights
@@ -59,11 +60,12 @@ def collect(
     `.gguf` gives mainline's format, any other suffix the legacy one (which ik reads).
 
     Raises:
-        BadFile, UsageError: bad source or text, text too short.
+        BadFile, UsageError: bad source or text, text too short, `out` cannot be written.
         EngineError: the engine failed, or activations are NaN.
     """
     read_corpus(corpus)
     open_weights(source)
+    require_creatable(out)
     request = {
         "model": str(source),
         "corpus": str(corpus),

@@ -19,7 +19,7 @@ from quantmix.engine.ghost import check
 from quantmix.engine.perplexity import read_corpus
 from quantmix.engine.session import default_threads
 from quantmix.errors import CheckFailed, EngineError, UsageError
-from quantmix.files import require_name
+from quantmix.files import require_creatable, require_name
 from quantmix.ggml.weights import WeightsFile, open_weights
 from quantmix.measure import mix_of, read_imatrix, require_float
 from quantmix.recipe import Recipe, load
@@ -149,6 +149,7 @@ def prepare(
     if job.measurements:
         job = replace(job, settings=replace(job.settings, seen=_seen(job, job.measurements)))
     target = file or place.with_name(f"{named}.probes.json")
+    require_creatable(target)
     known = results.load(target, _conditions(job, weights))
     frame = worker.frame_for(job).holding(known.unread or ())
     passes, judged = n_passes(frame, job.settings)
