@@ -25,6 +25,7 @@ from quantmix.models.ghost import write_ghost
 from quantmix.models.model import Model
 
 _HELP_LINE: Final = re.compile(r"^\s*\d+\s+or\s+(\w+)\s*:", re.MULTILINE)
+_TRAINED_IN: Final = "mxfp4"
 _FLOATS: Final = FLOAT_FTYPES | {"BF16_R16"}
 # A .dat with one entry, of a tensor that no model has.
 _SOME_MATRIX: Final = struct.pack("<ii4sii4fii1s", 1, 4, b"none", 1, 4, *(1.0,) * 4, 1, 1, b"-")
@@ -53,6 +54,9 @@ def names(engine: Engine) -> tuple[str, ...]:
 def types_of(model: Model, preset: str, engine: Engine, *, imatrix: bool = True) -> dict[str, str]:
     """Return the type that a preset gives each quantizable tensor, by name.
 
+    Experts that come as mxfp4 (gpt-oss) stay so, as in every file that is published of it: the
+    engines do not quantize a second time unless told to.
+
     Raises:
         EngineMissing: no engine of that kind that can quantize was found.
         EngineError: it refuses the preset or the model.
@@ -65,8 +69,11 @@ def types_of(model: Model, preset: str, engine: Engine, *, imatrix: bool = True)
             if engine == "ik"
             else mainline.dry_run(ghost, (), preset, imatrix=imatrix).tensors
         )
-    wanted = {t.name for t in model.tensors if t.quantizable}
-    return {name: tensor.type for name, tensor in found.items() if name in wanted}
+    return {
+        t.name: t.source_type if t.source_type == _TRAINED_IN else found[t.name].type
+        for t in model.tensors
+        if t.quantizable and t.name in found
+    }
 
 
 def is_preset(name: str, engine: Engine) -> bool:

@@ -65,6 +65,16 @@ def test_what_takes_a_type_takes_a_preset() -> None:
     assert file.tensor_bytes == predict.predict(model, types).size.tensor_bytes
 
 
+def test_experts_that_come_as_mxfp4_stay_so() -> None:
+    """All presets of gpt-oss-20b are between 11 and 13 GB, as published."""
+    model = load_model("gpt-oss-20b")
+    for preset in ("Q2_K", "Q4_K_M", "Q8_0"):
+        types = presets.types_of(model, preset, "ik")
+        assert {q for n, q in types.items() if "_exps" in n} == {"mxfp4"}
+        size = stored(model, "ik", preset).tensor_bytes
+        assert 11e9 < size < 13e9
+
+
 def test_presets_are_told_from_types() -> None:
     """Capitals mean a preset; what is neither is named with the nearest type."""
     assert presets.is_preset("Q8_0", "ik")
