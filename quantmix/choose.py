@@ -26,7 +26,7 @@ from quantmix.memory.settings import Settings
 from quantmix.models.model import Model
 from quantmix.offers import Offer, Offers
 from quantmix.offload import OffloadPlan, needed_bytes, place, place_longest, stored
-from quantmix.options import Options
+from quantmix.options import Options, require_speed
 from quantmix.recipe import Recipe, Size
 from quantmix.rig.device import Rig
 from quantmix.units import gib
@@ -135,8 +135,10 @@ def choose(
         on_event: progress, `{"file": i, "of": n}`.
 
     Raises:
-        UsageError: the budget has no devices, or no bandwidth where a speed is asked for.
+        UsageError: the budget has no devices, or no bandwidth where a speed is asked for; a speed
+            that is not above zero.
     """
+    require_speed(min_tps)
     rig = budget.rig
     if rig is None:
         raise UsageError("which file fits can be told of devices only: use --gpus, --rig or --vram")

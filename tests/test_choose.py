@@ -212,6 +212,8 @@ def test_the_command_prints_a_line_to_copy(quants: Path) -> None:
         (("deepseek-r1-0528",), 2, "--gpus"),
         (("deepseek-r1-0528", "--gpus", "24G", "--ctx", "many"), 2, "many"),
         (("deepseek-r1-0528", "--gpus", "24G", "--no-design"), 3, "short by"),
+        (("deepseek-r1-0528", "--gpus", "rtx-4090", "--min-tps", "0"), 2, "--min-tps 0"),
+        (("deepseek-r1-0528", "--gpus", "rtx-4090", "--min-tps", "nan"), 2, "--min-tps nan"),
         (("gpt-oss-20b", "smollm2-135m", "--gpus", "24G"), 2, ""),
         (("./absent.gguf", "--gpus", "24G"), 2, "absent.gguf"),
         (("hf:one", "--gpus", "24G"), 2, "hf:org/name"),
