@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any, Final
 
 from quantmix.engine import presets
-from quantmix.errors import BadFile, QuantmixError, UsageError
+from quantmix.errors import BadFile, EngineError, EngineMissing, QuantmixError, UsageError
 from quantmix.ggml import types
 from quantmix.ggml.shards import numbers_of, prefix_of
 from quantmix.ggml.types import Engine
@@ -70,15 +70,19 @@ class Offer:
 
 @dataclass(frozen=True)
 class Offers:
-    """All there is to choose from, of one model; `left_out` are names with the reason."""
+    """All there is to choose from, of one model; `left_out` are names with the reason.
+
+    `whole` is a model of the catalog with all its tensors.
+    """
 
     files: tuple[Offer, ...]
     left_out: tuple[tuple[str, str], ...] = ()
+    whole: Model | None = None
 
     @property
     def model(self) -> Model:
-        """The model of the first file."""
-        return self.files[0].model
+        """The model to design, and to name them by."""
+        return self.whole or self.files[0].model
 
 
 def offers(
@@ -97,18 +101,20 @@ def offers(
             them.
 
     Raises:
-        EngineMissing, EngineError: presets, and no engine that tells what they are.
+        EngineMissing: presets, and no engine that tells what they are.
         UnknownName, BadFile: nobody knows a name, nothing can be read.
         UsageError: files that were named one by one are of different models.
     """
     found: list[Offer] = []
     named: list[Offer] = []
     left_out: list[tuple[str, str]] = []
+    wholes: list[Model] = []
     for spec in specs:
         more = _of_files(spec, on_event) if is_file_spec(spec) else _of_catalog(spec, stock, engine)
         found += more.files
         named += more.files if len(more.files) + len(more.left_out) == 1 else ()
         left_out += more.left_out
+        wholes += [more.whole] if more.whole else []
     if not found:
         name, why = left_out[0]
         raise BadFile(f"nothing to choose from: {name}: {why}")
@@ -124,13 +130,18 @@ def offers(
                 "among files of one model"
             )
         left_out.append((other.name, f"it is another model, {other.model.id}"))
-    return Offers(_named_apart(same), tuple(left_out))
+    whole = next((m for m in wholes if _shape(m) == wanted), None)
+    return Offers(_named_apart(same), tuple(left_out), whole)
 
 
 def _of_catalog(name: str, stock: Sequence[str], engine: Engine) -> Offers:
     """Return the published mixes of a model of the catalog whose types are known, and presets.
 
-    Nobody tells the types of multi-token blocks, which are not run: they are left out.
+    Nobody tells the types of multi-token blocks, which are not run: they are left out of published
+    mixes.
+
+    Raises:
+        EngineMissing: presets, and no engine that tells what they are.
     """
     whole = load_model(name)
     model = replace(whole, tensors=tuple(t for t in whole.tensors if t.loaded))
@@ -148,11 +159,18 @@ def _of_catalog(name: str, stock: Sequence[str], engine: Engine) -> Offers:
         mix = _typed(model, chances)
         found.append(Offer(row.label, row.source, mix, row, is_file=False))
     for preset in stock:
-        mix = presets.made(model, preset, engine)
-        found.append(Offer(f"{preset} (stock)", "a preset of llama-quantize", mix, is_file=False))
-    if not found and not rows:
+        label = f"{preset} (stock)"
+        try:
+            mix = presets.made(whole, preset, engine)
+        except EngineMissing:
+            raise
+        except EngineError:
+            left_out.append((label, f"the {engine} engine here cannot make it of {whole.arch}"))
+            continue
+        found.append(Offer(label, "a preset of llama-quantize", mix, is_file=False))
+    if not found and not left_out:
         left_out.append((model.id, "no mix of it is known: add --presets, or name GGUF files"))
-    return Offers(tuple(found), tuple(left_out))
+    return Offers(tuple(found), tuple(left_out), whole)
 
 
 def _typed(model: Model, chances: Sequence[Mapping[str, float] | None]) -> Model:

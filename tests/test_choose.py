@@ -13,6 +13,7 @@ from quantmix import predict
 from quantmix.budget import Budget
 from quantmix.choose import Choice, choose, require_one
 from quantmix.cli import choose as command
+from quantmix.design import design
 from quantmix.errors import BadFile, InfeasibleBudget, UsageError
 from quantmix.ggml import types
 from quantmix.loss import evidence
@@ -106,9 +107,18 @@ def test_where_nothing_can_be_taken_the_least_is_named(quants: Path) -> None:
     found = offers([str(quants / "q30-q8_0.gguf"), str(quants / "IQ3")])
     budget = Budget.from_gpus("1x10G", ctx=4096)
     choice = choose(found, budget)
-    assert budget.rig is not None
     with pytest.raises(InfeasibleBudget, match=r"none of the 2 .* q30: short .* a mix of .* GiB"):
-        require_one(choice, budget.rig)
+        require_one(choice)
+
+
+def test_where_all_are_too_slow_the_speed_that_works_is_named(quants: Path) -> None:
+    """It is that of the fastest file, and works when it is asked for."""
+    found = offers([str(quants)])
+    budget = Budget.from_gpus("1xrtx-4090", ctx=16384)
+    with pytest.raises(InfeasibleBudget, match=r"fastest, IQ2/q30: too slow; lower") as refused:
+        require_one(choose(found, budget, min_tps=5000.0))
+    told = float(str(refused.value).rpartition(" ")[2])
+    assert require_one(choose(found, budget, min_tps=told)).offer.name == "IQ2/q30"
 
 
 def test_files_of_different_models_are_no_choice(quants: Path, tmp_path: Path) -> None:
@@ -171,6 +181,28 @@ def test_blocks_that_are_not_run_are_no_part_of_published_mixes() -> None:
         if offer.published.bpw:
             bits = 8 * stored(offer.model, "ik").tensor_bytes / offer.model.n_elements
             assert bits == pytest.approx(offer.published.bpw, rel=0.04), offer.name
+
+
+def test_presets_and_the_design_are_of_the_whole_model() -> None:
+    """What GLM's multi-token block takes is part of a stock file, and of what would be made."""
+    model = load_model("glm-4.5-air")
+    found = offers(["glm-4.5-air"], stock=("Q4_K_M",))
+    assert found.files[-1].model.id == model.id
+    assert [t.name for t in found.files[-1].model.tensors] == [t.name for t in model.tensors]
+    budget = Budget.from_gpus("1xrtx-3090", ram="128G", ctx=8192)
+    choice = choose(found, budget)
+    stock = next(j for j in choice.files if j.offer.name == "Q4_K_M (stock)")
+    assert stock.size == predict.predict(model, predict.uniform(model, "Q4_K_M")).size
+    assert choice.design is not None
+    assert choice.design.size == design(model, budget).size
+
+
+def test_presets_that_an_engine_cannot_make_are_left_out() -> None:
+    """The packaged ik is older than gemma-4, and a failed assertion in it is no answer."""
+    with pytest.raises(BadFile, match=r"Q4_K_M \(stock\): the ik engine here cannot .* gemma4"):
+        offers(["gemma-4-31b-it"], stock=("Q4_K_M",))
+    found = offers(["gemma-4-31b-it"], stock=("Q4_K_M",), engine="mainline")
+    assert [o.name for o in found.files] == ["Q4_K_M (stock)"]
 
 
 def test_types_that_the_engine_lacks_are_told(quants: Path) -> None:
