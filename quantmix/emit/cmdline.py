@@ -206,8 +206,19 @@ def parse_text(text: str) -> CommandLine:
         tokens = [_undashed(t) if _DASH.match(t) else t for t in tokens]
     first = _program(tokens)
     end = next((i for i, t in enumerate(tokens) if i > first and _REST.fullmatch(t)), len(tokens))
-    found = parse([t for t in tokens[:end] if t != "\\"])
+    tokens = _up_to_semicolon(tokens[:end], first)
+    found = parse([t for t in tokens if t != "\\"])
     return replace(found, env=env | found.env, problems=(*problems, *found.problems))
+
+
+def _up_to_semicolon(tokens: list[str], program: int) -> list[str]:
+    """The tokens up to a semicolon behind one; before the program's flags it sets a variable."""
+    flagged = False
+    for i, token in enumerate(tokens[program:], program):
+        if flagged and token.endswith(";"):
+            return [*tokens[:i], token.rstrip(";")]
+        flagged = flagged or _is_flag(token)
+    return tokens
 
 
 def _undashed(token: str) -> str:

@@ -90,6 +90,7 @@ def test_what_pasting_loses_is_named(text: str, said: str) -> None:
             {"CUDA_VISIBLE_DEVICES": "1"},
         ),
         ("$ ./llama-server -c 5 &", (), {}),
+        ("export A=1; ./llama-server -c 5; echo -c 6", (), {"A": "1"}),
     ],
 )
 def test_what_starts_the_program_is_none_of_its_flags(
