@@ -150,11 +150,10 @@ def _of_catalog(name: str, stock: Sequence[str], engine: Engine) -> Offers:
     found, left_out = [], []
     for row in rows:
         try:
-            if not row.mix:
-                raise UsageError("its types are not published")
             chances = mixes.resolve(model, row.mix, share)
-        except QuantmixError as err:
-            left_out.append((row.label, str(err)))
+        except UsageError:
+            part = "not enough of its types is" if row.mix else "its types are not"
+            left_out.append((row.label, f"{part} published"))
             continue
         mix = _typed(model, chances)
         found.append(Offer(row.label, row.source, mix, row, is_file=False))
@@ -165,11 +164,12 @@ def _of_catalog(name: str, stock: Sequence[str], engine: Engine) -> Offers:
         except EngineMissing:
             raise
         except EngineError:
-            left_out.append((label, f"the {engine} engine here cannot make it of {whole.arch}"))
+            left_out.append((label, f"the {engine} engine here does not make it of {whole.arch}"))
             continue
         found.append(Offer(label, "a preset of llama-quantize", mix, is_file=False))
-    if not found and not left_out:
-        left_out.append((model.id, "no mix of it is known: add --presets, or name GGUF files"))
+    if not found and not stock:
+        mend = "add --presets, or name GGUF files"
+        left_out.insert(0, (model.id, f"no mix of it is known with its types: {mend}"))
     return Offers(tuple(found), tuple(left_out), whole)
 
 

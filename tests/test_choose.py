@@ -152,6 +152,8 @@ def test_published_mixes_of_the_catalog() -> None:
     left = {name for name, _ in found.left_out}
     rows = evidence.of_model(found.model)
     assert left == {r.label for r in rows if not r.mix}
+    reasons = {why for _, why in offers(["deepseek-r1"]).left_out}
+    assert reasons == {"its types are not published", "not enough of its types is published"}
 
 
 def test_stock_presets_stand_beside_what_was_published() -> None:
@@ -169,8 +171,9 @@ def test_stock_presets_stand_beside_what_was_published() -> None:
     both = offers(["deepseek-r1-0528"], stock=("IQ1_M",))
     assert both.files[-1].published is None
     assert all(o.published for o in both.files[:-1])
-    with pytest.raises(BadFile, match="--presets"):
-        offers(["qwen3-32b"])
+    for bare in ("qwen3-32b", "llama-2-70b"):  # of the latter sizes are published
+        with pytest.raises(BadFile, match="--presets"):
+            offers([bare])
 
 
 def test_blocks_that_are_not_run_are_no_part_of_published_mixes() -> None:
@@ -199,7 +202,7 @@ def test_presets_and_the_design_are_of_the_whole_model() -> None:
 
 def test_presets_that_an_engine_cannot_make_are_left_out() -> None:
     """The packaged ik is older than gemma-4, and a failed assertion in it is no answer."""
-    with pytest.raises(BadFile, match=r"Q4_K_M \(stock\): the ik engine here cannot .* gemma4"):
+    with pytest.raises(BadFile, match=r"Q4_K_M \(stock\): the ik engine here does not .* gemma4"):
         offers(["gemma-4-31b-it"], stock=("Q4_K_M",))
     found = offers(["gemma-4-31b-it"], stock=("Q4_K_M",), engine="mainline")
     assert [o.name for o in found.files] == ["Q4_K_M (stock)"]

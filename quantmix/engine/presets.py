@@ -19,7 +19,7 @@ from typing import Final
 from quantmix.engine import ik_dry_run, mainline
 from quantmix.engine.find import find_program
 from quantmix.engine.mainline_abi import FLOAT_FTYPES, FTYPES
-from quantmix.errors import EngineError
+from quantmix.errors import EngineError, EngineMissing
 from quantmix.ggml.types import Engine
 from quantmix.models.ghost import write_ghost
 from quantmix.models.model import Model
@@ -60,11 +60,20 @@ def types_of(model: Model, preset: str, engine: Engine, *, imatrix: bool = True)
     with tempfile.TemporaryDirectory() as folder:
         ghost = Path(folder) / "ghost.gguf"
         write_ghost(ghost, model, engine=engine)
-        found = (
-            _asked_of_ik(ghost, preset, imatrix)
-            if engine == "ik"
-            else mainline.dry_run(ghost, (), preset, imatrix=imatrix).tensors
-        )
+        try:
+            found = (
+                _asked_of_ik(ghost, preset, imatrix)
+                if engine == "ik"
+                else mainline.dry_run(ghost, (), preset, imatrix=imatrix).tensors
+            )
+        except EngineMissing:
+            raise
+        except EngineError as err:
+            other = "mainline" if engine == "ik" else "ik"
+            raise EngineError(
+                f"the {engine} engine here does not make {preset} of {model.arch}: use --engine "
+                f"{other}, or a type as `quantmix types` lists them ({err})"
+            ) from err
     wanted = {t.name for t in model.tensors if t.quantizable}
     return {name: tensor.type for name, tensor in found.items() if name in wanted}
 

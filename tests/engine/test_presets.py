@@ -10,7 +10,7 @@ import pytest
 from quantmix import predict
 from quantmix.engine import presets
 from quantmix.engine.find import find_program
-from quantmix.errors import UnknownName
+from quantmix.errors import EngineError, UnknownName
 from quantmix.ggml.weights import open_weights
 from quantmix.models.sources import load_model
 from quantmix.offload import stored
@@ -74,3 +74,10 @@ def test_presets_are_told_from_types() -> None:
     assert not presets.is_preset("IQ4_KS", "mainline")
     with pytest.raises(UnknownName, match="q4_K"):
         predict.uniform(load_model("llama-3.1-8b"), "Q4_K_X")
+
+
+def test_an_engine_that_does_not_know_a_model_is_told() -> None:
+    """Its failed assertion comes last, after what to do."""
+    model = load_model("gemma-4-31b-it")
+    with pytest.raises(EngineError, match="ik engine here does not make Q4_K_M of gemma4"):
+        predict.uniform(model, "Q4_K_M")
