@@ -70,19 +70,15 @@ class Offer:
 
 @dataclass(frozen=True)
 class Offers:
-    """All there is to choose from, of one model; `left_out` are names with the reason.
-
-    `whole` is a model of the catalog with all its tensors.
-    """
+    """All there is to choose from, of one model; `left_out` are names with the reason."""
 
     files: tuple[Offer, ...]
     left_out: tuple[tuple[str, str], ...] = ()
-    whole: Model | None = None
 
     @property
     def model(self) -> Model:
-        """The model to design, and to name them by."""
-        return self.whole or self.files[0].model
+        """The model of the first file."""
+        return self.files[0].model
 
 
 def offers(
@@ -108,13 +104,11 @@ def offers(
     found: list[Offer] = []
     named: list[Offer] = []
     left_out: list[tuple[str, str]] = []
-    wholes: list[Model] = []
     for spec in specs:
         more = _of_files(spec, on_event) if is_file_spec(spec) else _of_catalog(spec, stock, engine)
         found += more.files
         named += more.files if len(more.files) + len(more.left_out) == 1 else ()
         left_out += more.left_out
-        wholes += [more.whole] if more.whole else []
     if not found:
         name, why = left_out[0]
         raise BadFile(f"nothing to choose from: {name}: {why}")
@@ -130,21 +124,16 @@ def offers(
                 "among files of one model"
             )
         left_out.append((other.name, f"it is another model, {other.model.id}"))
-    whole = next((m for m in wholes if _shape(m) == wanted), None)
-    return Offers(_named_apart(same), tuple(left_out), whole)
+    return Offers(_named_apart(same), tuple(left_out))
 
 
 def _of_catalog(name: str, stock: Sequence[str], engine: Engine) -> Offers:
     """Return the published mixes of a model of the catalog whose types are known, and presets.
 
-    Nobody tells the types of multi-token blocks, which are not run: they are left out of published
-    mixes.
-
     Raises:
         EngineMissing: presets, and no engine that tells what they are.
     """
-    whole = load_model(name)
-    model = replace(whole, tensors=tuple(t for t in whole.tensors if t.loaded))
+    model = load_model(name)
     rows = evidence.of_model(model)
     share = prior.shares(model)
     found, left_out = [], []
@@ -160,23 +149,25 @@ def _of_catalog(name: str, stock: Sequence[str], engine: Engine) -> Offers:
     for preset in stock:
         label = f"{preset} (stock)"
         try:
-            mix = presets.made(whole, preset, engine)
+            mix = presets.made(model, preset, engine)
         except EngineMissing:
             raise
         except EngineError:
-            left_out.append((label, f"the {engine} engine here does not make it of {whole.arch}"))
+            left_out.append((label, f"the {engine} engine here does not make it of {model.arch}"))
             continue
         found.append(Offer(label, "a preset of llama-quantize", mix, is_file=False))
     if not found and not stock:
         mend = "add --presets, or name GGUF files"
         left_out.insert(0, (model.id, f"no mix of it is known with its types: {mend}"))
-    return Offers(tuple(found), tuple(left_out), whole)
+    return Offers(tuple(found), tuple(left_out))
 
 
 def _typed(model: Model, chances: Sequence[Mapping[str, float] | None]) -> Model:
     """Return the model with one type per tensor.
 
     Where a mix tells a share of each type only, types take turns in every role, as often as told.
+    Nobody tells the types of multi-token blocks: they are those of the last layer, and what only
+    they have is like the head, which agrees with the sizes that are published.
     """
     owed: dict[str, dict[str, float]] = {}
     tensors = []
@@ -192,7 +183,15 @@ def _typed(model: Model, chances: Sequence[Mapping[str, float] | None]) -> Model
         engine: Engine = "ik" if chosen in types.table("ik") else "mainline"
         written = types.resolve(chosen, tensor.name, tensor.shape, engine)
         tensors.append(replace(tensor, source_type=written.name))
-    return replace(model, tensors=tuple(tensors))
+    last = {t.role: t.source_type for t in tensors if t.quantizable and t.loaded}
+    head = last.get("output", last["token_embd"])
+    return replace(
+        model,
+        tensors=tuple(
+            t if t.loaded or not t.quantizable else replace(t, source_type=last.get(t.role, head))
+            for t in tensors
+        ),
+    )
 
 
 def _of_files(spec: str, on_event: Callable[[dict[str, Any]], None] | None) -> Offers:
