@@ -170,10 +170,16 @@ def parse(tokens: Sequence[str]) -> CommandLine:
         value = None
         if _takes_value(canonical, following):
             value, i = following, i + 1
-        elif canonical in ("ngl", "ts", "ot", "ncmoe", "c", "b", "ub"):
+        elif canonical in ("ngl", "ts", "dev", "ot", "ncmoe", "c", "b", "ub"):
             problems.append(f"{token} needs a value")
         options.append(Option(canonical, value, token))
-    return CommandLine(tuple(options), env, tuple(words), tuple(problems), launcher)
+    named = tuple(replace(o, name="mtp") if _runs_mtp(o) else o for o in options)
+    return CommandLine(named, env, tuple(words), tuple(problems), launcher)
+
+
+def _runs_mtp(option: Option) -> bool:
+    """Whether it is ik's newer spelling of -mtp, among the values of a flag for other drafts."""
+    return option.spelling == "--spec-type" and (option.value or "").startswith("mtp")
 
 
 def parse_text(text: str) -> CommandLine:
