@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final
+from urllib.parse import unquote, urlsplit
 
 from quantmix.engine import presets
 from quantmix.errors import BadFile, EngineError, EngineMissing, QuantmixError, UsageError
@@ -53,7 +54,7 @@ class Offer:
         if not self.is_file:
             return "MODEL"
         if not self.source.startswith("hf:"):
-            return self.source.rpartition("/")[2] if "://" in self.source else self.source
+            return _file_name(self.source) if "://" in self.source else self.source
         return "/".join(self.source.split("/")[2:])
 
     @property
@@ -203,7 +204,7 @@ def _of_files(spec: str, on_event: Callable[[dict[str, Any]], None] | None) -> O
         for i, (file, read) in enumerate(
             [(file, pool.submit(partial(load_model, file))) for file in files], 1
         ):
-            name = prefix_of(file.rpartition("/")[2])
+            name = prefix_of(_file_name(file) if "://" in file else file.rpartition("/")[2])
             try:
                 found.append(Offer(name, file, read.result()))
             except QuantmixError as err:
@@ -213,6 +214,11 @@ def _of_files(spec: str, on_event: Callable[[dict[str, Any]], None] | None) -> O
             if on_event:
                 on_event({"file": i, "of": len(files)})
     return Offers(tuple(found), tuple(left_out))
+
+
+def _file_name(url: str) -> str:
+    """Return the name that a URL's file is saved under, without what is asked of the server."""
+    return unquote(urlsplit(url).path).rpartition("/")[2]
 
 
 def _shape(model: Model) -> tuple[object, ...]:

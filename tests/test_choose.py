@@ -20,7 +20,7 @@ from quantmix.loss import evidence
 from quantmix.models.ghost import write_ghost
 from quantmix.models.model import Model, Tensor
 from quantmix.models.sources import load_model
-from quantmix.offers import offers
+from quantmix.offers import Offer, offers
 from quantmix.offload import place, stored
 from quantmix.units import GIB
 
@@ -270,7 +270,14 @@ def test_wrong_input_gets_one_line(args: tuple[str, ...], code: int, told: str) 
 
 
 def test_an_empty_folder_holds_nothing(tmp_path: Path) -> None:
-    """Nor does one that holds other things only."""
+    """Nor does one that holds other things only, a projector among them."""
     (tmp_path / "notes.txt").write_text("nothing")
+    (tmp_path / "mmproj-f16.gguf").write_bytes(b"GGUF")
     with pytest.raises(BadFile, match="holds no GGUF"):
         offers([str(tmp_path)])
+
+
+def test_a_file_of_a_url_is_called_as_it_is_saved() -> None:
+    """What is asked of the server is no part of its name."""
+    url = "https://host/org/a%20b-00001-of-00002.gguf?download=true"
+    assert Offer("q", url, load_model(MODEL)).file == "a b-00001-of-00002.gguf"
