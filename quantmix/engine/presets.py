@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 import struct
-import subprocess
 import tempfile
 from dataclasses import replace
 from functools import cache
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Final
 
 from quantmix.engine import ik_dry_run, mainline
+from quantmix.engine.binaries import printed_for
 from quantmix.engine.find import find_program
 from quantmix.engine.mainline_abi import FLOAT_FTYPES, FTYPES
 from quantmix.errors import EngineError, EngineMissing
@@ -36,13 +36,12 @@ def names(engine: Engine) -> tuple[str, ...]:
 
     Raises:
         EngineMissing: there is no llama-quantize of ik.
-        EngineError: it lists none.
+        EngineError: it does not run, or lists none.
     """
     if engine == "mainline":
         return tuple(n for n in FTYPES if n not in _FLOATS)
     program = find_program("llama-quantize", engine="ik").path
-    done = subprocess.run([str(program), "--help"], capture_output=True, text=True, check=False)
-    found = _HELP_LINE.findall(done.stdout + done.stderr)
+    found = _HELP_LINE.findall(printed_for(program, "--help"))
     if not found:
         raise EngineError(
             f"{program} --help lists no presets: is it llama-quantize of ik_llama.cpp?"
