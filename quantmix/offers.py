@@ -154,7 +154,8 @@ def _of_catalog(name: str, stock: Sequence[str], engine: Engine) -> Offers:
         except EngineMissing:
             raise
         except EngineError:
-            left_out.append((label, f"the {engine} engine here does not make it of {model.arch}"))
+            why = f"the {engine} engine here does not make it of {model.arch}: try another --engine"
+            left_out.append((label, why))
             continue
         found.append(Offer(label, "a preset of llama-quantize", mix, is_file=False))
     if not found and not stock:
