@@ -26,10 +26,10 @@ from quantmix.memory.settings import Settings
 from quantmix.models.model import Model
 from quantmix.offers import Offer, Offers
 from quantmix.offload import OffloadPlan, needed_bytes, place, place_longest, stored
-from quantmix.options import Options
+from quantmix.options import Options, require_speed
 from quantmix.recipe import Recipe, Size
 from quantmix.rig.device import Rig
-from quantmix.units import gib
+from quantmix.units import gib, round_down
 
 
 @dataclass(frozen=True)
@@ -135,8 +135,10 @@ def choose(
         on_event: progress, `{"file": i, "of": n}`.
 
     Raises:
-        UsageError: the budget has no devices, or no bandwidth where a speed is asked for.
+        UsageError: the budget has no devices, or no bandwidth where a speed is asked for; a speed
+            that is not above zero.
     """
+    require_speed(min_tps)
     rig = budget.rig
     if rig is None:
         raise UsageError("which file fits can be told of devices only: use --gpus, --rig or --vram")
@@ -158,7 +160,7 @@ def _order(judged: Judged) -> tuple[int, float, str]:
     return 2, judged.size.tensor_bytes if judged.size else math.inf, name
 
 
-def require_one(choice: Choice, rig: Rig) -> Judged:
+def require_one(choice: Choice) -> Judged:
     """Return the pick.
 
     Raises:
@@ -166,18 +168,20 @@ def require_one(choice: Choice, rig: Rig) -> Judged:
     """
     if choice.pick is not None:
         return choice.pick
-    least = min(choice.files, key=lambda j: j.size.tensor_bytes if j.size else math.inf)
-    made = choice.design
-    mend = (
-        f"a mix of {gib(made.size.tensor_bytes)} would do: see `quantmix design`"
-        if made
-        else "give more --gpus or --ram, or a smaller --ctx"
-    )
+    if any(j.tps for j in choice.files):
+        fastest = max(choice.files, key=lambda j: j.tps or 0.0)
+        least = f"the fastest, {fastest.offer.name}: {fastest.why}"
+        mend = f"lower --min-tps to {round_down(fastest.tps or 0.0):g}"
+    else:
+        smallest = min(choice.files, key=lambda j: j.size.tensor_bytes if j.size else math.inf)
+        least = f"the smallest, {smallest.offer.name}: {smallest.why}"
+        mend = "give more --gpus or --ram, or a smaller --ctx"
+    if choice.design is not None:
+        n_bytes = choice.design.size.tensor_bytes
+        mend = f"a mix of {gib(n_bytes)} would do: see `quantmix design`"
     count = len(choice.files)
     what = "the file cannot" if count == 1 else f"none of the {count} files can"
-    raise InfeasibleBudget(
-        f"{what} be taken; the smallest, {least.offer.name}: {least.why}; {mend}"
-    )
+    raise InfeasibleBudget(f"{what} be taken; {least}; {mend}")
 
 
 class _LossModels:

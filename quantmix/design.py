@@ -18,7 +18,7 @@ from quantmix.loss.model import LossModel
 from quantmix.memory.model import HOST, Placement
 from quantmix.models.model import Model
 from quantmix.mtp import with_mtp
-from quantmix.options import Options
+from quantmix.options import Options, require_speed
 from quantmix.palette import Palette, build, require_types
 from quantmix.recipe import Recipe
 from quantmix.rig.device import Rig
@@ -105,11 +105,12 @@ def run(
 
 
 def _require_speed_known(budget: Budget, options: Options) -> None:
-    """Refuse a speed to reach on what has no speed.
+    """Refuse a speed that is none, or to reach one on what has no speed.
 
     Raises:
-        UsageError: a bare file, or one idealised device.
+        UsageError: not above zero; a bare file, or one idealised device.
     """
+    require_speed(options.min_tps)
     if options.min_tps is None or (budget.rig is not None and not budget.rig.ideal):
         return
     what = "a file" if budget.rig is None else "an idealised device"

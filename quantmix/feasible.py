@@ -17,7 +17,7 @@ from quantmix.rig.device import Rig
 from quantmix.search import timing
 from quantmix.search.planner import Shortage, fastest_at_all, fits_at_all, may_fit
 from quantmix.search.timing import Timing
-from quantmix.units import GIB, gib
+from quantmix.units import GIB, gib, round_down
 
 _HUNDREDTH = GIB // 100
 _MOST_GIB = 1 << 14
@@ -105,7 +105,7 @@ class _Judge:
         times = timing.of(self.model, self.palette, rig, settings)
         most = fastest_at_all(self.model, self.palette, rig, settings, times)
         for share in _SPEED_SHARES:
-            asked = _down(most * share)
+            asked = round_down(most * share)
             options = replace(self.options, min_tps=asked)
             if asked > 0 and replace(self, options=options).does(rig, settings):
                 return asked
@@ -202,11 +202,3 @@ def _relaxations(budget: Budget, rig: Rig, judge: _Judge) -> list[str]:
 def _up(n_bytes: int) -> str:
     """Return GiB with two decimals, rounded up, so that feeding it back works."""
     return f"{math.ceil(n_bytes / _HUNDREDTH + 1e-9) / 100:.2f}"
-
-
-def _down(tps: float) -> float:
-    """Return a speed with three digits, rounded down."""
-    if tps <= 0:
-        return 0.0
-    unit = 10.0 ** (math.floor(math.log10(tps)) - 2)
-    return float(f"{math.floor(tps / unit) * unit:.6g}")

@@ -8,9 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final
+from urllib.parse import unquote, urlsplit
 
 from quantmix.engine import presets
-from quantmix.errors import BadFile, QuantmixError, UsageError
+from quantmix.errors import BadFile, EngineError, EngineMissing, QuantmixError, UsageError
 from quantmix.ggml import types
 from quantmix.ggml.shards import numbers_of, prefix_of
 from quantmix.ggml.types import Engine
@@ -53,7 +54,7 @@ class Offer:
         if not self.is_file:
             return "MODEL"
         if not self.source.startswith("hf:"):
-            return self.source.rpartition("/")[2] if "://" in self.source else self.source
+            return _file_name(self.source) if "://" in self.source else self.source
         return "/".join(self.source.split("/")[2:])
 
     @property
@@ -97,7 +98,7 @@ def offers(
             them.
 
     Raises:
-        EngineMissing, EngineError: presets, and no engine that tells what they are.
+        EngineMissing: presets, and no engine that tells what they are.
         UnknownName, BadFile: nobody knows a name, nothing can be read.
         UsageError: files that were named one by one are of different models.
     """
@@ -130,28 +131,36 @@ def offers(
 def _of_catalog(name: str, stock: Sequence[str], engine: Engine) -> Offers:
     """Return the published mixes of a model of the catalog whose types are known, and presets.
 
-    Nobody tells the types of multi-token blocks, which are not run: they are left out.
+    Raises:
+        EngineMissing: presets, and no engine that tells what they are.
     """
-    whole = load_model(name)
-    model = replace(whole, tensors=tuple(t for t in whole.tensors if t.loaded))
+    model = load_model(name)
     rows = evidence.of_model(model)
     share = prior.shares(model)
     found, left_out = [], []
     for row in rows:
         try:
-            if not row.mix:
-                raise UsageError("its types are not published")
             chances = mixes.resolve(model, row.mix, share)
-        except QuantmixError as err:
-            left_out.append((row.label, str(err)))
+        except UsageError:
+            part = "not enough of its types is" if row.mix else "its types are not"
+            left_out.append((row.label, f"{part} published"))
             continue
         mix = _typed(model, chances)
         found.append(Offer(row.label, row.source, mix, row, is_file=False))
     for preset in stock:
-        mix = presets.made(model, preset, engine)
-        found.append(Offer(f"{preset} (stock)", "a preset of llama-quantize", mix, is_file=False))
-    if not found and not rows:
-        left_out.append((model.id, "no mix of it is known: add --presets, or name GGUF files"))
+        label = f"{preset} (stock)"
+        try:
+            mix = presets.made(model, preset, engine)
+        except EngineMissing:
+            raise
+        except EngineError:
+            why = f"the {engine} engine here does not make it of {model.arch}: try another --engine"
+            left_out.append((label, why))
+            continue
+        found.append(Offer(label, "a preset of llama-quantize", mix, is_file=False))
+    if not found and not stock:
+        mend = "add --presets, or name GGUF files"
+        left_out.insert(0, (model.id, f"no mix of it is known with its types: {mend}"))
     return Offers(tuple(found), tuple(left_out))
 
 
@@ -159,6 +168,8 @@ def _typed(model: Model, chances: Sequence[Mapping[str, float] | None]) -> Model
     """Return the model with one type per tensor.
 
     Where a mix tells a share of each type only, types take turns in every role, as often as told.
+    Nobody tells the types of multi-token blocks: they are those of the last layer, and what only
+    they have is like the head, which agrees with the sizes that are published.
     """
     owed: dict[str, dict[str, float]] = {}
     tensors = []
@@ -174,7 +185,15 @@ def _typed(model: Model, chances: Sequence[Mapping[str, float] | None]) -> Model
         engine: Engine = "ik" if chosen in types.table("ik") else "mainline"
         written = types.resolve(chosen, tensor.name, tensor.shape, engine)
         tensors.append(replace(tensor, source_type=written.name))
-    return replace(model, tensors=tuple(tensors))
+    last = {t.role: t.source_type for t in tensors if t.quantizable and t.loaded}
+    head = last.get("output", last["token_embd"])
+    return replace(
+        model,
+        tensors=tuple(
+            t if t.loaded or not t.quantizable else replace(t, source_type=last.get(t.role, head))
+            for t in tensors
+        ),
+    )
 
 
 def _of_files(spec: str, on_event: Callable[[dict[str, Any]], None] | None) -> Offers:
@@ -186,7 +205,7 @@ def _of_files(spec: str, on_event: Callable[[dict[str, Any]], None] | None) -> O
         for i, (file, read) in enumerate(
             [(file, pool.submit(partial(load_model, file))) for file in files], 1
         ):
-            name = prefix_of(file.rpartition("/")[2])
+            name = prefix_of(_file_name(file) if "://" in file else file.rpartition("/")[2])
             try:
                 found.append(Offer(name, file, read.result()))
             except QuantmixError as err:
@@ -196,6 +215,11 @@ def _of_files(spec: str, on_event: Callable[[dict[str, Any]], None] | None) -> O
             if on_event:
                 on_event({"file": i, "of": len(files)})
     return Offers(tuple(found), tuple(left_out))
+
+
+def _file_name(url: str) -> str:
+    """Return the name that a URL's file is saved under, without what is asked of the server."""
+    return unquote(urlsplit(url).path).rpartition("/")[2]
 
 
 def _shape(model: Model) -> tuple[object, ...]:

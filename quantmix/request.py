@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +20,7 @@ from quantmix.flag_texts import parse_ctx, parse_percent, type_limits
 from quantmix.loss.model import LossModel
 from quantmix.models import trained
 from quantmix.models.model import Model
-from quantmix.options import Options
+from quantmix.options import Options, require_speed
 from quantmix.recipe import Recipe
 from quantmix.search.base import Goals
 from quantmix.solve.solver import Limits
@@ -303,6 +302,7 @@ def budget_of(request: Request, *, is_mla: bool) -> tuple[Budget, tuple[str, ...
         "cram_mib": request.cram,
     }
     kind = budget_flags.require_sense(request)
+    require_speed(request.min_tps)
     set_aside: dict[str, Any] = {"reserve": request.reserve, "desktop": request.desktop}
     if kind in ("", "vram"):
         budget = Budget.from_vram(request.vram or ANY_VRAM_BYTES, **set_aside, **settings)
@@ -342,8 +342,6 @@ def _options(request: Request) -> Options:
         limits = replace(limits, seconds=request.time_limit)
     if request.quality_slack is not None and not request.quality_slack >= 0:
         raise UsageError("--quality-slack must be a number, not negative")
-    if request.min_tps is not None and not 0 < request.min_tps < math.inf:
-        raise UsageError("--min-tps must be a number above zero")
     if request.name is not None:
         require_name(request.name)
     return Options(

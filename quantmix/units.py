@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 from typing import Final
@@ -103,6 +104,14 @@ def gib(n_bytes: float, digits: int = 2) -> str:
             else f"{n_bytes:.0f} B"
         )
     return f"{n_bytes / GIB:.{digits}f} GiB"
+
+
+def round_down(value: float) -> float:
+    """Return a value with three digits, rounded down; 0 for what is not above it."""
+    if value <= 0:
+        return 0.0
+    unit = 10.0 ** (math.floor(math.log10(value)) - 2)
+    return float(f"{math.floor(value / unit) * unit:.6g}")
 
 
 def pad(n: int, multiple: int) -> int:

@@ -13,14 +13,16 @@ from quantmix import predict
 from quantmix.budget import Budget
 from quantmix.choose import Choice, choose, require_one
 from quantmix.cli import choose as command
+from quantmix.design import design
 from quantmix.errors import BadFile, InfeasibleBudget, UsageError
 from quantmix.ggml import types
 from quantmix.loss import evidence
 from quantmix.models.ghost import write_ghost
 from quantmix.models.model import Model, Tensor
 from quantmix.models.sources import load_model
-from quantmix.offers import offers
+from quantmix.offers import Offer, offers
 from quantmix.offload import place, stored
+from quantmix.units import GIB
 
 MODEL = "qwen3-30b-a3b"
 
@@ -106,9 +108,18 @@ def test_where_nothing_can_be_taken_the_least_is_named(quants: Path) -> None:
     found = offers([str(quants / "q30-q8_0.gguf"), str(quants / "IQ3")])
     budget = Budget.from_gpus("1x10G", ctx=4096)
     choice = choose(found, budget)
-    assert budget.rig is not None
     with pytest.raises(InfeasibleBudget, match=r"none of the 2 .* q30: short .* a mix of .* GiB"):
-        require_one(choice, budget.rig)
+        require_one(choice)
+
+
+def test_where_all_are_too_slow_the_speed_that_works_is_named(quants: Path) -> None:
+    """It is that of the fastest file, and works when it is asked for."""
+    found = offers([str(quants)])
+    budget = Budget.from_gpus("1xrtx-4090", ctx=16384)
+    with pytest.raises(InfeasibleBudget, match=r"fastest, IQ2/q30: too slow; lower") as refused:
+        require_one(choose(found, budget, min_tps=5000.0))
+    told = float(str(refused.value).rpartition(" ")[2])
+    assert require_one(choose(found, budget, min_tps=told)).offer.name == "IQ2/q30"
 
 
 def test_files_of_different_models_are_no_choice(quants: Path, tmp_path: Path) -> None:
@@ -142,6 +153,8 @@ def test_published_mixes_of_the_catalog() -> None:
     left = {name for name, _ in found.left_out}
     rows = evidence.of_model(found.model)
     assert left == {r.label for r in rows if not r.mix}
+    reasons = {why for _, why in offers(["deepseek-r1"]).left_out}
+    assert reasons == {"its types are not published", "not enough of its types is published"}
 
 
 def test_stock_presets_stand_beside_what_was_published() -> None:
@@ -159,18 +172,45 @@ def test_stock_presets_stand_beside_what_was_published() -> None:
     both = offers(["deepseek-r1-0528"], stock=("IQ1_M",))
     assert both.files[-1].published is None
     assert all(o.published for o in both.files[:-1])
-    with pytest.raises(BadFile, match="--presets"):
-        offers(["qwen3-32b"])
+    for bare in ("qwen3-32b", "llama-2-70b"):  # of the latter sizes are published
+        with pytest.raises(BadFile, match="--presets"):
+            offers([bare])
 
 
-def test_blocks_that_are_not_run_are_no_part_of_published_mixes() -> None:
-    """Nobody tells the types of GLM's multi-token block; sizes agree without it."""
-    for offer in offers(["glm-4.5-air"]).files:
-        assert all(t.loaded for t in offer.model.tensors)
-        assert offer.published is not None
-        if offer.published.bpw:
-            bits = 8 * stored(offer.model, "ik").tensor_bytes / offer.model.n_elements
-            assert bits == pytest.approx(offer.published.bpw, rel=0.04), offer.name
+@pytest.mark.parametrize("name", ["glm-4.5-air", "glm-4.6"])
+def test_blocks_that_are_not_run_have_the_types_of_the_last_layer(name: str) -> None:
+    """Nobody tells those of GLM's multi-token block; the sizes that were published have it."""
+    for offer in offers([name]).files:
+        row, n_bytes = offer.published, stored(offer.model, "ik").tensor_bytes
+        assert len(offer.model.tensors) == len(load_model(name).tensors)
+        assert row is not None
+        if row.bpw:
+            bits = 8 * n_bytes / offer.model.n_elements
+            assert bits == pytest.approx(row.bpw, rel=0.02), row.label
+        if row.size_gib:
+            assert n_bytes / GIB == pytest.approx(row.size_gib, rel=0.02), row.label
+
+
+def test_presets_and_the_design_are_of_the_whole_model() -> None:
+    """What GLM's multi-token block takes is part of a stock file, and of what would be made."""
+    model = load_model("glm-4.5-air")
+    found = offers(["glm-4.5-air"], stock=("Q4_K_M",))
+    assert found.files[-1].model.id == model.id
+    assert [t.name for t in found.files[-1].model.tensors] == [t.name for t in model.tensors]
+    budget = Budget.from_gpus("1xrtx-3090", ram="128G", ctx=8192)
+    choice = choose(found, budget)
+    stock = next(j for j in choice.files if j.offer.name == "Q4_K_M (stock)")
+    assert stock.size == predict.predict(model, predict.uniform(model, "Q4_K_M")).size
+    assert choice.design is not None
+    assert choice.design.size == design(model, budget).size
+
+
+def test_presets_that_an_engine_cannot_make_are_left_out() -> None:
+    """The packaged ik is older than gemma-4, and a failed assertion in it is no answer."""
+    with pytest.raises(BadFile, match=r"Q4_K_M \(stock\): the ik engine here does not .* gemma4"):
+        offers(["gemma-4-31b-it"], stock=("Q4_K_M",))
+    found = offers(["gemma-4-31b-it"], stock=("Q4_K_M",), engine="mainline")
+    assert [o.name for o in found.files] == ["Q4_K_M (stock)"]
 
 
 def test_types_that_the_engine_lacks_are_told(quants: Path) -> None:
@@ -212,6 +252,8 @@ def test_the_command_prints_a_line_to_copy(quants: Path) -> None:
         (("deepseek-r1-0528",), 2, "--gpus"),
         (("deepseek-r1-0528", "--gpus", "24G", "--ctx", "many"), 2, "many"),
         (("deepseek-r1-0528", "--gpus", "24G", "--no-design"), 3, "short by"),
+        (("deepseek-r1-0528", "--gpus", "rtx-4090", "--min-tps", "0"), 2, "--min-tps 0"),
+        (("deepseek-r1-0528", "--gpus", "rtx-4090", "--min-tps", "nan"), 2, "--min-tps nan"),
         (("gpt-oss-20b", "smollm2-135m", "--gpus", "24G"), 2, ""),
         (("./absent.gguf", "--gpus", "24G"), 2, "absent.gguf"),
         (("hf:one", "--gpus", "24G"), 2, "hf:org/name"),
@@ -228,7 +270,14 @@ def test_wrong_input_gets_one_line(args: tuple[str, ...], code: int, told: str) 
 
 
 def test_an_empty_folder_holds_nothing(tmp_path: Path) -> None:
-    """Nor does one that holds other things only."""
+    """Nor does one that holds other things only, a projector among them."""
     (tmp_path / "notes.txt").write_text("nothing")
+    (tmp_path / "mmproj-f16.gguf").write_bytes(b"GGUF")
     with pytest.raises(BadFile, match="holds no GGUF"):
         offers([str(tmp_path)])
+
+
+def test_a_file_of_a_url_is_called_as_it_is_saved() -> None:
+    """What is asked of the server is no part of its name."""
+    url = "https://host/org/a%20b-00001-of-00002.gguf?download=true"
+    assert Offer("q", url, load_model(MODEL)).file == "a b-00001-of-00002.gguf"

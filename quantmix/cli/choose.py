@@ -114,8 +114,7 @@ def choose(
     if as_json:
         print_json(choice.to_json())
     _show(choice, budget.label, screen)
-    assert budget.rig is not None
-    pick = require_one(choice, budget.rig)
+    pick = require_one(choice)
     if not as_json:
         print_out("\n".join(_lines(pick)))
 

@@ -170,10 +170,16 @@ def parse(tokens: Sequence[str]) -> CommandLine:
         value = None
         if _takes_value(canonical, following):
             value, i = following, i + 1
-        elif canonical in ("ngl", "ts", "ot", "ncmoe", "c", "b", "ub"):
+        elif canonical in ("ngl", "ts", "dev", "ot", "ncmoe", "c", "b", "ub"):
             problems.append(f"{token} needs a value")
         options.append(Option(canonical, value, token))
-    return CommandLine(tuple(options), env, tuple(words), tuple(problems), launcher)
+    named = tuple(replace(o, name="mtp") if _runs_mtp(o) else o for o in options)
+    return CommandLine(named, env, tuple(words), tuple(problems), launcher)
+
+
+def _runs_mtp(option: Option) -> bool:
+    """Whether it is ik's newer spelling of -mtp, among the values of a flag for other drafts."""
+    return option.spelling == "--spec-type" and (option.value or "").startswith("mtp")
 
 
 def parse_text(text: str) -> CommandLine:
@@ -206,8 +212,19 @@ def parse_text(text: str) -> CommandLine:
         tokens = [_undashed(t) if _DASH.match(t) else t for t in tokens]
     first = _program(tokens)
     end = next((i for i, t in enumerate(tokens) if i > first and _REST.fullmatch(t)), len(tokens))
-    found = parse([t for t in tokens[:end] if t != "\\"])
+    tokens = _up_to_semicolon(tokens[:end], first)
+    found = parse([t for t in tokens if t != "\\"])
     return replace(found, env=env | found.env, problems=(*problems, *found.problems))
+
+
+def _up_to_semicolon(tokens: list[str], program: int) -> list[str]:
+    """The tokens up to a semicolon behind one; before the program's flags it sets a variable."""
+    flagged = False
+    for i, token in enumerate(tokens[program:], program):
+        if flagged and token.endswith(";"):
+            return [*tokens[:i], token.rstrip(";")]
+        flagged = flagged or _is_flag(token)
+    return tokens
 
 
 def _undashed(token: str) -> str:

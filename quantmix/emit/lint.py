@@ -236,7 +236,7 @@ def _left_in_ram(command: CommandLine, homes: Homes) -> list[Finding]:
         return []
     given = f"-ngl {command.value('ngl')}" if command.has("ngl") else "no -ngl:"
     text = f"{given} leaves layers {ranges(left)} in RAM, KV cache included"
-    return [Finding("warning", f"{text}: write -ngl 999")]
+    return [Finding("warning", f"{text}: -ngl 999 is faster where all layers fit")]
 
 
 def _split_pairs(model: Model, where: Mapping[str, str]) -> list[Finding]:

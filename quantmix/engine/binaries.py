@@ -74,13 +74,13 @@ def probe(
         EngineError: it does not run.
     """
     program = find_program(name, llama_bin, engine=engine)
-    text = _ask(program.path, "--help")
+    text = printed_for(program.path, "--help")
     flags = frozenset(_FLAG.findall(text))
     if not flags:
         raise EngineError(f"{program.path} --help names no flags: is it {name} of llama.cpp?")
     # `--custom-q` (quantize) and `-mla` (all others) are ik's alone.
     whose: Engine = "ik" if flags & {"--custom-q", "-mla", "--mla-use"} else "mainline"
-    version = _VERSION.search(_ask(program.path, "--version"))
+    version = _VERSION.search(printed_for(program.path, "--version"))
     if version:
         build = f"{version.group(1)} ({version.group(2)})"
     else:
@@ -234,8 +234,12 @@ def _parse_kld(text: str, chunks: int, tokens: int) -> ParsedRun:
     return ParsedRun(ppl, chunks, divergence, ratio)
 
 
-def _ask(path: Path, flag: str) -> str:
-    """Return what a program prints for a flag; exit status is not looked at (ik's help exits 1)."""
+def printed_for(path: Path, flag: str) -> str:
+    """Return what a program prints for a flag; exit status is not looked at (ik's help exits 1).
+
+    Raises:
+        EngineError: it does not run.
+    """
     try:
         done = subprocess.run(
             [str(path), flag],

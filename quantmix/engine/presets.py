@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 import struct
-import subprocess
 import tempfile
 from dataclasses import replace
 from functools import cache
@@ -17,9 +16,10 @@ from pathlib import Path
 from typing import Final
 
 from quantmix.engine import ik_dry_run, mainline
+from quantmix.engine.binaries import printed_for
 from quantmix.engine.find import find_program
 from quantmix.engine.mainline_abi import FLOAT_FTYPES, FTYPES
-from quantmix.errors import EngineError
+from quantmix.errors import EngineError, EngineMissing
 from quantmix.ggml.types import Engine
 from quantmix.models.ghost import write_ghost
 from quantmix.models.model import Model
@@ -37,13 +37,12 @@ def names(engine: Engine) -> tuple[str, ...]:
 
     Raises:
         EngineMissing: there is no llama-quantize of ik.
-        EngineError: it lists none.
+        EngineError: it does not run, or lists none.
     """
     if engine == "mainline":
         return tuple(n for n in FTYPES if n not in _FLOATS)
     program = find_program("llama-quantize", engine="ik").path
-    done = subprocess.run([str(program), "--help"], capture_output=True, text=True, check=False)
-    found = _HELP_LINE.findall(done.stdout + done.stderr)
+    found = _HELP_LINE.findall(printed_for(program, "--help"))
     if not found:
         raise EngineError(
             f"{program} --help lists no presets: is it llama-quantize of ik_llama.cpp?"
@@ -64,11 +63,20 @@ def types_of(model: Model, preset: str, engine: Engine, *, imatrix: bool = True)
     with tempfile.TemporaryDirectory() as folder:
         ghost = Path(folder) / "ghost.gguf"
         write_ghost(ghost, model, engine=engine)
-        found = (
-            _asked_of_ik(ghost, preset, imatrix)
-            if engine == "ik"
-            else mainline.dry_run(ghost, (), preset, imatrix=imatrix).tensors
-        )
+        try:
+            found = (
+                _asked_of_ik(ghost, preset, imatrix)
+                if engine == "ik"
+                else mainline.dry_run(ghost, (), preset, imatrix=imatrix).tensors
+            )
+        except EngineMissing:
+            raise
+        except EngineError as err:
+            other = "mainline" if engine == "ik" else "ik"
+            raise EngineError(
+                f"the {engine} engine here does not make {preset} of {model.arch}: use --engine "
+                f"{other}, or a type as `quantmix types` lists them ({err})"
+            ) from err
     return {
         t.name: t.source_type if t.source_type == _TRAINED_IN else found[t.name].type
         for t in model.tensors

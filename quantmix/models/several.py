@@ -35,6 +35,7 @@ def gguf_specs(spec: str) -> list[str]:
         inside = [p for depth in range(_DEPTH) for p in folder.glob("*/" * depth + "*.gguf")]
     except OSError as err:
         raise BadFile(f"{folder} cannot be listed: {err.strerror or err}") from err
-    if not inside:
+    files = first_files(p.as_posix() for p in inside)
+    if not files:
         raise BadFile(f"{folder} holds no GGUF model, nor do folders in it")
-    return first_files(p.as_posix() for p in inside)
+    return files

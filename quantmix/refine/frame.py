@@ -23,6 +23,7 @@ from quantmix.memory.head import EMBEDDING, held_twice
 from quantmix.memory.homes import is_movable
 from quantmix.memory.model import HOST, DeviceMemory, Placement
 from quantmix.models.model import Model
+from quantmix.options import require_speed
 from quantmix.palette import Palette, TypeLimits, build
 from quantmix.recipe import PlannedTensor, Recipe
 from quantmix.rig.device import Device, Rig
@@ -142,7 +143,7 @@ def frame_of(
 
     Raises:
         UsageError: a type of the recipe is not among its options (other types, pins or ties).
-        BadFile: devices that no placement explains.
+        BadFile: devices that no placement explains, a speed that is none.
     """
     engine = model_engine(recipe)
     palette = _possible(build(model, loss, engine, limits), model, imatrix)
@@ -158,7 +159,7 @@ def frame_of(
         DeviceMemory(d.name, 0, 0, 0, (), held_twice(model, recipe.settings, placement, i))
         for i, d in zip((*range(len(rig.gpus)), HOST), rig.devices, strict=True)
     )
-    times = timing.of(model, palette, rig, recipe.settings, recipe.budget.get("min_tps"))
+    times = timing.of(model, palette, rig, recipe.settings, _min_tps(recipe))
     choices = build_choices(model, palette, placement, memory, times.cells, kept_seconds=times.kept)
     start = _start(choices, planned)
     use, capacity, pools = choices.use, _used(choices.use, start), choices.pools
@@ -191,6 +192,20 @@ def _rig(recipe: Recipe) -> Rig:
     rig = Rig(tuple(devices[:-1]), devices[-1], ideal=bool(recipe.budget.get("ideal")))
     told = recipe.budget.get("machine")
     return with_machine(rig, told) if told else rig
+
+
+def _min_tps(recipe: Recipe) -> float | None:
+    """Return the speed that a recipe is to keep, None for none.
+
+    Raises:
+        BadFile: it is no number above zero.
+    """
+    told: float | None = recipe.budget.get("min_tps")
+    try:
+        require_speed(told)
+    except (TypeError, ValueError) as err:
+        raise BadFile(f"the recipe's `budget.min_tps` is no speed: {told!r}") from err
+    return told
 
 
 def _possible(palette: Palette, model: Model, imatrix: Path | None) -> Palette:

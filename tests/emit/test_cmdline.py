@@ -28,6 +28,13 @@ def test_long_and_short_spellings_are_one_option() -> None:
         assert parse_text(text).integer("ngl") == 63
 
 
+def test_multi_token_prediction_is_one_option_however_it_is_written() -> None:
+    """ik moved -mtp to --spec-type, which names other drafts too."""
+    for text in ("-mtp -c 5", "--spec-type mtp:n_max=1 -c 5", "--spec-type=mtp -c 5"):
+        assert parse_text(text).has("mtp")
+    assert not parse_text("--spec-type ngram -c 5").has("mtp")
+
+
 def test_overrides_split_at_commas_and_at_the_first_equals_sign() -> None:
     """A comma inside a regex breaks the list: the engines would see two broken pieces."""
     assert [(o.pattern, o.buffer) for o in split_overrides("a=CPU,b=c=CUDA0")] == [
@@ -90,6 +97,7 @@ def test_what_pasting_loses_is_named(text: str, said: str) -> None:
             {"CUDA_VISIBLE_DEVICES": "1"},
         ),
         ("$ ./llama-server -c 5 &", (), {}),
+        ("export A=1; ./llama-server -c 5; echo -c 6", (), {"A": "1"}),
     ],
 )
 def test_what_starts_the_program_is_none_of_its_flags(

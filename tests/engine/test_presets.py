@@ -9,8 +9,8 @@ import pytest
 
 from quantmix import predict
 from quantmix.engine import presets
-from quantmix.engine.find import find_program
-from quantmix.errors import UnknownName
+from quantmix.engine.find import Program, find_program
+from quantmix.errors import EngineError, UnknownName
 from quantmix.ggml.weights import open_weights
 from quantmix.models.sources import load_model
 from quantmix.offload import stored
@@ -84,3 +84,23 @@ def test_presets_are_told_from_types() -> None:
     assert not presets.is_preset("IQ4_KS", "mainline")
     with pytest.raises(UnknownName, match="q4_K"):
         predict.uniform(load_model("llama-3.1-8b"), "Q4_K_X")
+
+
+def test_an_engine_that_does_not_know_a_model_is_told() -> None:
+    """Its failed assertion comes last, after what to do."""
+    model = load_model("gemma-4-31b-it")
+    with pytest.raises(EngineError, match="ik engine here does not make Q4_K_M of gemma4"):
+        predict.uniform(model, "Q4_K_M")
+
+
+def test_a_program_that_does_not_run_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where the packaged engine is not for this system."""
+    program = tmp_path / "llama-quantize"
+    program.write_text("no program")
+    program.chmod(0o755)
+    found = Program(program, "ik-llama-cpp-python")
+    monkeypatch.setattr(presets, "find_program", lambda *_, **__: found)
+    with pytest.raises(EngineError, match="does not run"):
+        presets.names.__wrapped__("ik")

@@ -231,3 +231,7 @@ def test_a_recipe_that_is_no_answer_is_refused(model: Model) -> None:
         frame(replace(wide, devices=(device, *wide.devices[1:])), model)
     untold = replace(recipe, budget={"label": "4bpw"})
     assert limits_of(untold, (), imatrix=True).types == ()
+    slow = on_devices(model)
+    for told in (0, "fast"):
+        with pytest.raises(BadFile, match=r"budget\.min_tps"):
+            frame(replace(slow, budget={**slow.budget, "min_tps": told}), model)

@@ -32,7 +32,13 @@ def test_a_rig_comes_back_through_json() -> None:
 
 
 @pytest.mark.parametrize(
-    "told", [{}, {"devices": [{}]}, {"devices": 3}, {"devices": ["a"] * 4}, []]
+    "told",
+    [
+        *({}, {"devices": [{}]}, {"devices": 3}, {"devices": ["a card"] * 4}, []),
+        {"devices": [{"bandwidth_gbs": "fast"}, {}, {}, {}]},
+        {"devices": [{}, {}, {}, {"bandwidth_gbs": 0}]},
+        {"devices": [{}] * 4, "cpu_class": 5},
+    ],
 )
 def test_what_does_not_fit_the_devices_is_refused(told: object) -> None:
     """In one line."""
