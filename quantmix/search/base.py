@@ -44,13 +44,21 @@ class Goals:
 
 @dataclass(frozen=True)
 class Tried:
-    """One placement with its knapsack and the answer; the least damage of all tried with it."""
+    """One placement with its knapsack and the answer; the least damage of all tried with it.
+
+    `ceiling` is what damage stage 2 may do at most, where a speed was asked for.
+    """
 
     placement: Placement
     choices: Choices
     problem: Problem
     solution: Solution
     least_damage: float = np.inf
+    ceiling: float = np.inf
+
+    def beside(self, least: Tried) -> Tried:
+        """Return the same, held to what is allowed beside the placement of least damage."""
+        return replace(self, least_damage=least.least_damage, ceiling=least.ceiling)
 
     @property
     def fits(self) -> bool:
@@ -231,9 +239,12 @@ class Search:
         )
 
     def _allowed(self, best: Tried) -> float:
-        """Return the damage that stage 2 may do: the least known with its slack."""
+        """Return the damage that stage 2 may do: the least known with its slack.
+
+        A speed that was asked for has its price in that least; the slack is not spent on top of it.
+        """
         least = min(best.least_damage, best.solution.objective)
-        return least + self._slack(least)
+        return min(best.ceiling, least + self._slack(least))
 
     def _slack(self, damage: float) -> float:
         if self.goals.quality_slack is not None:

@@ -137,7 +137,7 @@ class HybridSearch(SplitSearch):
         in_ram = sum(d == HOST for d in least.placement.layer_device)
         away = np.abs(np.asarray(layers.slots) - in_ram)
         if alone is not None and alone.solution.objective <= allowed:
-            alone = replace(alone, least_damage=least.least_damage)
+            alone = alone.beside(least)
             if (less := self._cost(alone, prices)) < cost:
                 best, cost = alone, less
         seconds = layers.least_seconds(allowed)
@@ -172,7 +172,7 @@ class HybridSearch(SplitSearch):
         """Yield placements for speed with so many layers wholly in RAM, none above `allowed`."""
         unmoved = self._unmoved(host_layers)
         if unmoved is not None and unmoved.solution.objective <= allowed:
-            yield replace(unmoved, least_damage=least.least_damage)
+            yield unmoved.beside(least)
         if host_layers and self._packed(host_layers).missing:
             return
         found = (
@@ -264,7 +264,7 @@ class HybridSearch(SplitSearch):
         tried = self._solve(placement, QUICK, level=level, capped=False)
         if not tried.fits or tried.solution.objective > allowed:
             return None
-        return replace(tried, least_damage=least.least_damage)
+        return tried.beside(least)
 
     def _prices(self, tried: Tried) -> list[float]:
         """Return what damage may cost in seconds, to compare placements by."""

@@ -176,10 +176,14 @@ class _Search(HybridSearch):
         lowest = float(bounds.lower.min())
         limits = self._worthwhile(least.solution.objective, lowest)
         least = self._known(self._closer(least, limits))
+        if self.timing.wanted is not None:
+            free = float(layers.least_damage(None).lower.min())
+            spent = free + self._slack(free)
+            least = replace(least, ceiling=max(least.solution.objective, spent))
         best = self._fastest_placement(least, layers, bounds.lower, alone)
         if best.placement != least.placement:
             again = self._solve(best.placement, limits, level=self._level_of(best))
-            again = replace(again, least_damage=least.least_damage)
+            again = again.beside(least)
             best = again if again.fits else least
         plan = self._finish(best, self._fastest(best))
         damage = least.solution.objective

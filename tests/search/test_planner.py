@@ -298,6 +298,28 @@ def test_the_bound_holds_for_every_placement(
     assert n_fitting >= 5
 
 
+def test_the_slack_is_not_spent_on_top_of_a_speed_that_was_asked_for() -> None:
+    """Below the speed that comes anyway the mix is the usual one; above, it is just reached."""
+    from quantmix.design import run
+    from quantmix.options import Options
+
+    model = qm.load_model("qwen3-30b-a3b")
+    budget = Budget.from_gpus("1xrtx-3060", ram="64G", cpu="desktop-ddr5-6000-2ch")
+    usual = run(model, budget, Options()).recipe
+    usual_tps = usual.speed.tg_tps or 0.0
+    damage = usual.optimality.objective
+    for share in (0.7, 0.95):
+        asked = run(model, budget, Options(min_tps=share * usual_tps)).recipe
+        assert asked.optimality.objective == pytest.approx(damage, rel=0.02)
+        assert asked.speed.tg_tps == pytest.approx(usual_tps, rel=0.02)
+    for share in (1.1, 1.3):
+        faster = run(model, budget, Options(min_tps=share * usual_tps)).recipe
+        assert faster.speed.tg_tps == pytest.approx(share * usual_tps, rel=0.01)
+        assert faster.speed.tg_tps >= share * usual_tps * (1 - 1e-9)
+        assert faster.optimality.objective > damage
+        damage = faster.optimality.objective
+
+
 def test_a_speed_that_a_better_mix_reaches_costs_no_damage() -> None:
     """--min-tps is met, and asking for less speed never costs more damage."""
     from quantmix.design import run
