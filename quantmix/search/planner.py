@@ -181,7 +181,9 @@ class _Search(HybridSearch):
             spent = free + self._slack(free)
             least = replace(least, ceiling=max(least.solution.objective, spent))
         best = self._fastest_placement(least, layers, bounds.lower, alone)
-        if best.placement != least.placement:
+        if best.placement == least.placement and self.timing.wanted is not None:
+            best = least  # solved with the speed in mind, which others are not
+        elif best.placement != least.placement:
             again = self._solve(best.placement, limits, level=self._level_of(best))
             again = again.beside(least)
             best = again if again.fits else least
