@@ -53,8 +53,8 @@ def names(engine: Engine) -> tuple[str, ...]:
 def types_of(model: Model, preset: str, engine: Engine, *, imatrix: bool = True) -> dict[str, str]:
     """Return the type that a preset gives each quantizable tensor, by name.
 
-    Experts that come as mxfp4 (gpt-oss) stay so, as in every file that is published of it: the
-    engines do not quantize a second time unless told to.
+    Experts that come as mxfp4 (gpt-oss) are taken to stay so: the engines refuse to quantize a
+    second time unless told to.
 
     Raises:
         EngineMissing: no engine of that kind that can quantize was found.

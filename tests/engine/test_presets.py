@@ -66,13 +66,14 @@ def test_what_takes_a_type_takes_a_preset() -> None:
 
 
 def test_experts_that_come_as_mxfp4_stay_so() -> None:
-    """All presets of gpt-oss-20b are between 11 and 13 GB, as published."""
+    """What a preset decides of gpt-oss-20b is the rest, under a fifth of its bytes."""
     model = load_model("gpt-oss-20b")
     for preset in ("Q2_K", "Q4_K_M", "Q8_0"):
         types = presets.types_of(model, preset, "ik")
         assert {q for n, q in types.items() if "_exps" in n} == {"mxfp4"}
-        size = stored(model, "ik", preset).tensor_bytes
-        assert 11e9 < size < 13e9
+        file = stored(model, "ik", preset)
+        experts = sum(n for name, n in file.sizes.items() if "_exps" in name)
+        assert experts > 0.8 * file.tensor_bytes
 
 
 def test_presets_are_told_from_types() -> None:
